@@ -1,0 +1,43 @@
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+# Any Python from 3.11: `make install PYTHON=python3.12`. The environment is made on the first call of any target,
+# and again when one of the files that name its packages has changed.
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# Every choice that accelerate would otherwise ask a configuration file for, or guess and warn about.
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+install: $(INSTALLED) ## make .venv with the package in editable form and all that development needs
+	@echo ".venv is ready"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "llmd4rec_hf needs Python 3.11 or later: make install PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -c constraints.txt -e ".[dev,export]"
+	@touch $@
+
+demo: $(INSTALLED) ## run the whole method on built-in data, offline (ARGS="--rounds 1" to change options)
+	HF_HUB_OFFLINE=1 $(LAUNCH) examples/train.py --output_dir runs/demo $(ARGS)
+
+test: $(INSTALLED) ## run the tests, offline (ARGS="-k ranking", WORKERS=4)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
+
+lint: $(INSTALLED) ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## mend what lint can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment, caches and built files; runs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Train a conventional recommender (CRM) and an LLM recommender against each other.
+
+    accelerate launch examples/train.py --output_dir runs/demo
+    accelerate launch examples/train.py --dataset interactions.csv --items items.csv --llm Qwen/Qwen2.5-0.5B \
+        --item_text --lora_r 16 --load_in_4bit --output_dir runs/mine
+
+Every field of `TrainingArguments` can be set for one side, with the prefix `--crm_` or `--llm_`:
+`--crm_num_train_epochs 60 --llm_learning_rate 3e-4`. Run again with the same `--output_dir`, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from functools import partial
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.logging import RichHandler
+
+
+# Before the libraries are imported: some log at import.
+logging.basicConfig(format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)])
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+logger = logging.getLogger("llmd4rec_hf")
+logger.setLevel(logging.INFO)
+
+import datasets  # noqa: E402
+import transformers  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from transformers import AutoModel, HfArgumentParser, set_seed  # noqa: E402
+
+from llmd4rec_hf import (  # noqa: E402
+    CRMArguments,
+    GRU4RecConfig,
+    GRU4RecModel,
+    ItemVocabulary,
+    LLMRecommender,
+    MutualDistillArguments,
+    MutualDistillation,
+    MutualDistillationConfig,
+    RecommenderModel,
+    SASRecConfig,
+    SASRecModel,
+    load_interactions,
+    split_leave_one_out,
+)
+from llmd4rec_hf.data import describe_interactions, k_core, load_items, make_demo  # noqa: E402
+from llmd4rec_hf.data.formats import format_names  # noqa: E402
+from llmd4rec_hf.errors import ConfigurationError, LLMD4RecError  # noqa: E402
+from llmd4rec_hf.evaluation.report import summary_table  # noqa: E402
+from llmd4rec_hf.models import build_tiny_llm  # noqa: E402
+from llmd4rec_hf.models.llm_recommender import DEFAULT_PROMPT  # noqa: E402
+
+
+SIDES = {"crm": CRMArguments, "llm": MutualDistillArguments}
+EXAMPLES = Path(__file__).parent
+DEMO_CONFIG = EXAMPLES / "configs" / "demo.yaml"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options that are not training arguments of one side."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    flag = partial(add, action=argparse.BooleanOptionalAction, default=False)
+    add("--config", metavar="FILE.yaml", help="options in a file; those on the command line win")
+    add("--dataset", default="demo", help="demo, a file, a folder, or a Hub id of a log of interactions")
+    add("--items", help="catalogue with item_id, title, ...; a folder's own items.* by default")
+    add("--format", default="auto", choices=["auto", *format_names()], help="of the log")
+    add("--k_core", type=int, default=0, metavar="K", help="keep users and items with K interactions or more")
+    add("--crm", default="sasrec", help="sasrec, gru4rec, or the folder of a trained one")
+    add("--hidden_size", type=int, default=64, help="width of the CRM's item vectors")
+    add("--crm_layers", type=int, help="layers of the CRM; its own default if not given")
+    add("--dropout", type=float, default=0.5, help="of the CRM")
+    add("--max_length", type=int, default=50, help="longest history that the models read")
+    add("--llm", default="tiny", help="tiny, or the folder or Hub id of a transformers model")
+    flag("--load_in_4bit", help="load the LLM in 4 bits (NF4, double quantisation)")
+    add("--lora_r", type=int, default=16, help="rank of the LoRA adapter; 0 trains the whole LLM, as tiny always does")
+    flag("--item_text", help="titles join items in the LLM")
+    add("--prompt", default=DEFAULT_PROMPT, help="text around {history}")
+    add("--supervision", default="all_positions", choices=["all_positions", "last_position"], help="of the LLM")
+    add("--rounds", type=int, default=3, help="most rounds")
+    flag("--controls", default=True, help="also train without distillation")
+    add("--refresh", default="copy", choices=["copy", "off"], help="the LLM's item vectors at every round")
+    add("--output_dir", required=True, help="where the run lives")
+    add("--seed", type=int, default=42)
+    flag("--use_cpu", help="even if there is an accelerator")
+    flag("--push_to_hub", help="push both models when the run is over")
+    add("--hub_model_id", metavar="USER/NAME", help="repositories USER/NAME-crm and USER/NAME-llm")
+    return parser
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, CRMArguments, MutualDistillArguments]:
+    """Options, and both sides' training arguments."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(argv)
+    config = options.config or (DEMO_CONFIG if options.dataset == "demo" else None)
+    if config is not None:
+        # The file's words come first, so that the command line's win; as words they are read like any others.
+        argv = _words_of(config) + argv
+        options, rest = parser.parse_known_args(argv)
+    if options.push_to_hub and not options.hub_model_id:
+        parser.error("--push_to_hub needs --hub_model_id USER/NAME")
+    return options, *(_side_arguments(parser, options, rest, side) for side in SIDES)
+
+
+def _words_of(config: str | Path) -> list[str]:
+    try:
+        content = yaml.safe_load(Path(config).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"Cannot read the configuration {config}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"The configuration {config} must hold `option: value` lines.")
+    words = []
+    for name, value in content.items():
+        if isinstance(value, bool) and not name.startswith(tuple(SIDES)):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def _side_arguments(parser, options, words: list[str], side: str):
+    """The words with a side's prefix, read as its training arguments."""
+    mine: list[str] = []
+    target = None
+    for word in words:
+        if word.startswith("--"):
+            prefix = next((name for name in SIDES if word.startswith(f"--{name}_")), None)
+            if prefix is None:
+                parser.error(f"unknown option {word}")
+            target = mine if prefix == side else None
+            word = word.replace(f"{prefix}_", "", 1)
+        if target is not None:
+            target.append(word)
+    shared = ["--output_dir", str(Path(options.output_dir) / "phases"), "--use_cpu", str(options.use_cpu)]
+    side_parser = HfArgumentParser(SIDES[side], allow_abbrev=False, usage=f"train.py --{side}_FIELD VALUE ...")
+    arguments, unknown = side_parser.parse_args_into_dataclasses([*shared, *mine], return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown training argument --{side}_{unknown[0].removeprefix('--')}")
+    return arguments
+
+
+def load_data(options):
+    """The log and the catalogue (which may be missing)."""
+    if options.dataset == "demo":
+        interactions, items = make_demo(seed=0)
+    else:
+        interactions = load_interactions(options.dataset, format=options.format)
+        source = options.items or (options.dataset if Path(options.dataset).is_dir() else None)
+        items = None if source is None else load_items(source)
+    if options.k_core:
+        interactions = k_core(interactions, options.k_core, options.k_core)
+    return interactions, items
+
+
+def build_crm(options, vocabulary: ItemVocabulary) -> RecommenderModel:
+    """The conventional recommender."""
+    shape = {
+        "num_items": len(vocabulary),
+        "hidden_size": options.hidden_size,
+        "max_length": options.max_length,
+        "dropout": options.dropout,
+    }
+    if options.crm_layers is not None:
+        shape["num_layers"] = options.crm_layers
+    if options.crm == "sasrec":
+        return SASRecModel(SASRecConfig(**shape))
+    if options.crm == "gru4rec":
+        return GRU4RecModel(GRU4RecConfig(**shape))
+    try:
+        return AutoModel.from_pretrained(options.crm)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigurationError(
+            f"--crm {options.crm}: neither sasrec, gru4rec nor a trained CRM ({reason})"
+        ) from error
+
+
+def build_llm(options, vocabulary: ItemVocabulary, item_dim: int) -> LLMRecommender:
+    """The LLM recommender: a real one with an adapter, or a tiny one trained as a whole."""
+    if options.item_text and vocabulary.texts is None:
+        raise ConfigurationError("--item_text needs a catalogue with titles: give --items FILE.")
+    settings = {
+        "prompt": options.prompt,
+        "supervision": options.supervision,
+        "max_length": options.max_length,
+        "item_texts": vocabulary.texts if options.item_text else None,
+    }
+    if options.llm == "tiny":
+        # The prompt's words are repeated until the tokenizer finds them worth a token each.
+        backbone, tokenizer = build_tiny_llm([*(vocabulary.texts or []), *[options.prompt] * 100])
+        return LLMRecommender.from_backbone(backbone, len(vocabulary), item_dim, tokenizer=tokenizer, **settings)
+    if options.lora_r:
+        from peft import LoraConfig
+
+        settings["peft_config"] = LoraConfig(
+            r=options.lora_r, lora_alpha=options.lora_r, lora_dropout=0.05, target_modules="all-linear"
+        )
+    if options.load_in_4bit:
+        from transformers import BitsAndBytesConfig
+
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+    return LLMRecommender.from_backbone(options.llm, len(vocabulary), item_dim, **settings)
+
+
+def run(argv: list[str], console: Console) -> dict:
+    """Data, models, rounds, report, push."""
+    options, crm_args, llm_args = parse(argv)
+    interactions, items = load_data(options)
+    facts = describe_interactions(interactions)
+    vocabulary = ItemVocabulary.from_interactions(interactions, items)
+    sequences = split_leave_one_out(interactions, vocabulary)
+    set_seed(options.seed)
+    crm = build_crm(options, vocabulary)
+    llm = build_llm(options, vocabulary, item_dim=crm.item_matrix().shape[1])
+    config = MutualDistillationConfig(
+        output_dir=options.output_dir,
+        rounds=options.rounds,
+        controls=options.controls,
+        refresh=options.refresh,
+        seed=options.seed,
+        dataset_name=Path(options.dataset).name,
+        dataset_facts=facts,
+    )
+    results = MutualDistillation(llm, crm, sequences, vocabulary, config, llm_args, crm_args).run()
+    if PartialState().is_main_process:
+        console.print(summary_table(results))
+        console.print(f"Models, results.json, report.md and report.png are in {options.output_dir}")
+        if options.push_to_hub:
+            push(options)
+    return results
+
+
+def push(options) -> None:
+    """Push both models, as they are in the output folder, with the item vocabulary beside them."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    for side in SIDES:
+        repository = api.create_repo(f"{options.hub_model_id}-{side}", exist_ok=True).repo_id
+        api.upload_folder(repo_id=repository, folder_path=Path(options.output_dir) / side)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: errors a user can mend are one line and exit code 1."""
+    transformers.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    console = Console()
+    try:
+        run(sys.argv[1:] if argv is None else argv, console)
+    except LLMD4RecError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrow helpers shared by this folder: id columns, dense codes, and the way in and out of `datasets.Dataset`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets.fingerprint import generate_random_fingerprint
+from datasets.table import InMemoryTable
+
+from ..errors import DataError
+
+
+def to_table(dataset: datasets.Dataset) -> pa.Table:
+    """The rows of `dataset` as one Arrow table (selections and shuffles applied)."""
+    if not isinstance(dataset, datasets.Dataset):
+        raise DataError(f"expected a datasets.Dataset, got {type(dataset).__name__}; load it with load_interactions()")
+    return dataset.with_format("arrow")[:]
+
+
+def to_dataset(table: pa.Table) -> datasets.Dataset:
+    """A `datasets.Dataset` over `table`, without copying it."""
+    # A fingerprint of the content would serialise the whole table first; data kept in memory has no use for it.
+    return datasets.Dataset(InMemoryTable(table), fingerprint=generate_random_fingerprint())
+
+
+def first_true(mask: pa.ChunkedArray | pa.Array | np.ndarray) -> int | None:
+    """Position of the first true value, or `None`."""
+    mask = np.asarray(mask)
+    return int(mask.argmax()) if mask.any() else None
+
+
+def as_ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """
+    Brings an id column to `int64` or `string`, the two types an external id may have.
+
+    Args:
+        column (`pyarrow.ChunkedArray`):
+            Integers of any width, whole-number floats (what pandas makes of integers with gaps), strings, or a
+            dictionary of those.
+        where (`str`):
+            Names the column in error messages.
+
+    Raises:
+        `DataError`: An id is missing or empty, or the type cannot be an id.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    missing = pc.is_null(column, nan_is_null=True)
+    if is_string(kind):
+        column = column.cast(pa.string())
+        missing = pc.or_(missing, pc.fill_null(pc.equal(column, ""), True))
+    row = first_true(missing)
+    if row is not None:
+        raise DataError(f"{where}: row {row + 1} has no id; fill it in or drop the row")
+    if pa.types.is_integer(kind):
+        try:
+            return column.cast(pa.int64())
+        except pa.ArrowInvalid:  # unsigned hashes above 2**63
+            return column.cast(pa.string())
+    if pa.types.is_floating(kind):
+        row = first_true(pc.not_equal(pc.floor(column), column))
+        if row is None:
+            return column.cast(pa.int64())
+        raise DataError(f"{where}: row {row + 1} holds {column[row].as_py()}; ids must be integers or strings")
+    if is_string(kind):
+        return column
+    raise DataError(f"{where}: type {kind} cannot be an id; ids must be integers or strings")
+
+
+def id_array(values: Any, where: str) -> tuple[pa.ChunkedArray, bool]:
+    """`values` (list, array, series or Arrow) as an id column, and whether mixed types had to become strings."""
+    if isinstance(values, pa.ChunkedArray):
+        return as_ids(values, where), False
+    if isinstance(values, pa.Array):
+        return as_ids(pa.chunked_array([values]), where), False
+    if isinstance(values, str):
+        raise DataError(f"{where}: expected several ids, got the string {values!r}; put it into a list")
+    if hasattr(values, "__array__"):  # tensors, which Arrow would take apart element by element
+        values = np.asarray(values)
+    try:
+        return as_ids(pa.chunked_array([pa.array(values, from_pandas=True)]), where), False
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # integers and strings in one column
+        return as_ids(pa.chunked_array([pa.array(as_texts(values), pa.string())]), where), True
+
+
+def as_texts(values: Any) -> list[str | None]:
+    """Each value as text; `None` and NaN stay missing."""
+    return [None if value is None or value != value else str(value) for value in values]
+
+
+def same_type(first: pa.ChunkedArray, second: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """Both id columns as they are, or both as strings where their types differ: `12` and `"12"` are one id."""
+    if first.type == second.type:
+        return first, second
+    return first.cast(pa.string()), second.cast(pa.string())
+
+
+def sorted_codes(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """Codes (`int32`, one per row) into the sorted distinct values, and those values."""
+    values = pc.unique(column)
+    values = values.take(pc.sort_indices(values))
+    return pc.index_in(column, value_set=values).to_numpy(), values
+
+
+def is_string(kind: pa.DataType) -> bool:
+    """Whether a type is one of Arrow's string types."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a log to one sequence per user, split for training, validation and test."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..errors import DataError
+from .arrow import to_dataset
+from .interactions import log_table, sort_log
+from .vocabulary import ItemVocabulary
+
+
+logger = logging.getLogger(__name__)
+
+
+def split_leave_one_out(
+    interactions: datasets.Dataset, vocabulary: ItemVocabulary, *, min_length: int = 3
+) -> datasets.DatasetDict:
+    """
+    Leaves each user's last item for the test and the one before for validation.
+
+    In every split the **last** element of `item_ids` is the newest target; the collator shifts. For a user with items
+    `s` in time order, train holds `s[:-2]`, validation `s[:-1]` and test `s`.
+
+    Args:
+        interactions (`datasets.Dataset`):
+            What [`load_interactions`] returns.
+        vocabulary ([`ItemVocabulary`]):
+            Gives the internal ids; must know every item of the log.
+        min_length (`int`, *optional*, defaults to 3):
+            Users with fewer interactions are left out.
+
+    Returns:
+        `datasets.DatasetDict`: `train`, `validation` and `test` with columns `user_id`, `item_ids` (list of `int32`),
+        `length` (of `item_ids`) and `row_id`, the user's index, equal in all three. A user of exactly three
+        interactions has no pair to train on and appears in validation and test only.
+
+    Raises:
+        `DataError`: An item is unknown to the vocabulary, or no user is left.
+    """
+    if min_length < 3:
+        raise DataError(f"min_length={min_length}: a history, a validation and a test item need at least 3")
+    _, user, users, items = _sorted_items(interactions, vocabulary)
+    lengths = np.bincount(user, minlength=len(users))
+    kept = lengths >= min_length
+    if not kept.any():
+        raise DataError(f"no user has {min_length} interactions; lower k_core or check the log")
+    if not kept.all():
+        logger.warning("%d of %d users left out: fewer than %d items", (~kept).sum(), len(kept), min_length)
+    row_ids = np.cumsum(kept) - 1
+    ends = {"train": lengths - 2, "validation": lengths - 1, "test": lengths}
+    return datasets.DatasetDict(
+        {name: _rows(users, row_ids, user, items, np.where(kept, end, 0)) for name, end in ends.items()}
+    )
+
+
+def split_by_time(
+    interactions: datasets.Dataset,
+    vocabulary: ItemVocabulary,
+    *,
+    validation_time: float | None = None,
+    test_time: float | None = None,
+    validation_quantile: float = 0.8,
+    test_quantile: float = 0.9,
+) -> datasets.DatasetDict:
+    """
+    Splits every user at the same two moments, so that no model is trained on what happened after its targets.
+
+    Train holds what happened before `validation_time`. A validation row is a user's whole history before
+    `validation_time` and, as its target, the first item at or after it (and before `test_time`); a test row is the
+    history before `test_time` and the first item at or after it. One target per user keeps users equal in the metrics.
+    A user appears in a split only with a history and a target there.
+
+    Args:
+        interactions (`datasets.Dataset`):
+            What [`load_interactions`] returns, from a source with real timestamps.
+        vocabulary ([`ItemVocabulary`]):
+            Gives the internal ids; must know every item of the log, also those first met after the boundaries.
+        validation_time (`float`, *optional*):
+            First moment of the validation period, in the unit of `timestamp`; by default the time that a share
+            `validation_quantile` of the interactions lies before.
+        test_time (`float`, *optional*):
+            First moment of the test period; by default by `test_quantile`.
+        validation_quantile (`float`, *optional*, defaults to 0.8):
+            Used where `validation_time` is not given.
+        test_quantile (`float`, *optional*, defaults to 0.9):
+            Used where `test_time` is not given.
+
+    Returns:
+        `datasets.DatasetDict`: The columns of [`split_leave_one_out`].
+
+    Raises:
+        `DataError`: The log has no clock, the boundaries are out of order, or a split is empty.
+    """
+    table, user, users, items = _sorted_items(interactions, vocabulary)
+    if "position" in table.column_names:
+        raise DataError("the log has positions, not times, and users cannot be compared; use split_leave_one_out()")
+    time = table["timestamp"].to_numpy()
+    first, second = (
+        np.quantile(time, quantile, method="lower") if moment is None else moment
+        for moment, quantile in ((validation_time, validation_quantile), (test_time, test_quantile))
+    )
+    if not first < second:
+        raise DataError(f"validation starts at {first} and test at {second}; validation must start first")
+    before_first, before_second, all_counts = (
+        np.bincount(user[mask], minlength=len(users)) for mask in (time < first, time < second, time >= 0)
+    )
+    # One more item than the history is the target; rows are in time order, so it is the first one of the period.
+    validation = np.where((before_first > 0) & (before_second > before_first), before_first + 1, 0)
+    test = np.where((before_second > 0) & (all_counts > before_second), before_second + 1, 0)
+    ends = {"train": before_first, "validation": validation, "test": test}
+    row_ids = np.cumsum(np.maximum.reduce(list(ends.values())) >= 2) - 1
+    splits = {name: _rows(users, row_ids, user, items, end) for name, end in ends.items()}
+    for name, split in splits.items():
+        if len(split) == 0:
+            raise DataError(f"no user falls into {name} with validation at {first} and test at {second}; move them")
+    logger.info("validation from %s, test from %s: %s rows", first, second, {k: len(v) for k, v in splits.items()})
+    return datasets.DatasetDict(splits)
+
+
+def data_hash(dataset: datasets.Dataset) -> str:
+    """
+    sha256 of `row_id` and `item_ids`, in row order; equal for equal content, however it is chunked or sliced.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            One split.
+    """
+    digests = [hashlib.sha256() for _ in range(3)]
+    for batch in dataset.select_columns(["row_id", "item_ids"]).with_format("arrow").iter(batch_size=1 << 16):
+        for chunk in batch["item_ids"].chunks:
+            digests[0].update(chunk.value_lengths().cast(pa.int64()).to_numpy().data)
+            digests[1].update(chunk.flatten().cast(pa.int64()).to_numpy().data)
+        digests[2].update(batch["row_id"].cast(pa.int64()).to_numpy().data)
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+
+
+def _sorted_items(
+    interactions: datasets.Dataset, vocabulary: ItemVocabulary
+) -> tuple[pa.Table, np.ndarray, pa.Array, np.ndarray]:
+    """The sorted log, each row's user index, the users, and each row's internal item id (`int32`)."""
+    table, user, users = sort_log(log_table(interactions))
+    return table, user, users, vocabulary.encode(table["item_id"]).astype(np.int32)
+
+
+def _rows(
+    users: pa.Array, row_ids: np.ndarray, user: np.ndarray, items: np.ndarray, ends: np.ndarray
+) -> datasets.Dataset:
+    """One row per user with the first `ends[u]` items of user `u`; below two items there is nothing to predict."""
+    ends = np.where(ends >= 2, ends, 0)
+    lengths = np.bincount(user, minlength=len(users))
+    position = np.arange(len(user)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    values = items[position < ends[user]]
+    kept = np.flatnonzero(ends)
+    offsets = np.zeros(len(kept) + 1, np.int64)
+    np.cumsum(ends[kept], out=offsets[1:])
+    # 32-bit offsets are what `datasets` stores; 2**31 interactions are out of its reach anyhow.
+    item_ids = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
+    columns = {
+        "user_id": users.take(pa.array(kept)),
+        "item_ids": item_ids,
+        "length": pc.list_value_length(item_ids),
+        "row_id": pa.array(row_ids[kept], pa.int64()),
+    }
+    return to_dataset(pa.table(columns))

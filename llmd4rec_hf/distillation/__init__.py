@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses, the sample weights and the teacher cache. Nothing here knows a model class or a Trainer."""
+
+from __future__ import annotations
+
+from .loss import DistillationLoss, distillation_loss
+from .teacher_cache import TeacherCache
+from .weighting import confidence_weights, rank_weights
+
+
+__all__ = ["DistillationLoss", "TeacherCache", "confidence_weights", "distillation_loss", "rank_weights"]

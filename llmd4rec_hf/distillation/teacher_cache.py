@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A frozen teacher's knowledge on disk, exact and small.
+
+A teacher's scores are `hidden @ item_matrix.T`, so its hidden state per position and its item matrix once say all
+there is to say about its output distribution: for Beauty (12,101 items) and a CRM of width 64 that is a hundredth of
+the scores in half precision, and nothing is rounded or cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
+
+from ..data import SequenceCollator, data_hash
+from ..errors import CacheError
+
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+OFFSETS_NAME = "offsets.npy"
+ITEM_MATRIX_NAME = "item_matrix.safetensors"
+_HASH_BLOCK = 1 << 20
+
+
+class TeacherCache:
+    """
+    A teacher's hidden state at every input position of a training set, memory-mapped, and its item matrix.
+
+    Positions are addressed from the end of a row, so a student that reads shorter histories than its teacher did finds
+    the right ones.
+
+    Args:
+        directory (`str` or `os.PathLike`): a folder that [`~TeacherCache.build`] wrote.
+
+    Attributes:
+        manifest (`dict`): format version, hashes of teacher and data, shapes, and the shards' sizes and checksums.
+        item_matrix (`torch.Tensor` of shape `(N + 1, d_t)`): the teacher's item matrix, float32.
+
+    Raises:
+        CacheError: no cache, another format version, or a torn or altered file.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = Path(directory)
+        self.manifest = _read_manifest(self.directory)
+        for name, facts in self.manifest["files"].items():
+            _check_file(self.directory / name, facts)
+        self.item_matrix: torch.Tensor = load_file(self.directory / ITEM_MATRIX_NAME)["item_matrix"]
+        self._offsets = np.load(self.directory / OFFSETS_NAME, allow_pickle=False)
+        self._shards = [
+            np.load(self.directory / name, mmap_mode="r", allow_pickle=False) for name in self.manifest["shards"]
+        ]
+        self._shard_starts = np.cumsum([0] + [len(shard) for shard in self._shards])
+
+    def __repr__(self) -> str:
+        facts = self.manifest
+        return (
+            f"TeacherCache({facts['positions']} positions of width {facts['hidden_size']}, {facts['num_items']} items)"
+        )
+
+    @classmethod
+    def build(
+        cls,
+        teacher,
+        dataset: Dataset,
+        directory: str | os.PathLike,
+        *,
+        max_length: int | None = None,
+        batch_size: int = 128,
+    ) -> TeacherCache:
+        """
+        Run a teacher over a training set and store what it knows. Each process writes the shard of its own rows.
+
+        Args:
+            teacher ([`RecommenderModel`]): in evaluation mode while it runs; its weights are not touched.
+            dataset ([`~datasets.Dataset`]): rows with `item_ids`, `length` and unique non-negative `row_id`.
+            directory (`str` or `os.PathLike`): where to write; a cache that is there is replaced.
+            max_length (`int`, *optional*): longest history in items; the teacher's own by default.
+            batch_size (`int`, *optional*, defaults to 128): rows per forward pass.
+
+        Returns:
+            [`TeacherCache`]
+        """
+        directory, state = Path(directory), PartialState()
+        partial = directory.with_name(directory.name + ".partial")
+        if state.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        state.wait_for_everyone()
+        collator = SequenceCollator(max_length=max_length or teacher.config.max_length)
+        shards = _write_shards(teacher, dataset, partial, collator, batch_size, state)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _write_manifest(teacher, dataset, partial, shards)
+            shutil.rmtree(directory, ignore_errors=True)
+            os.replace(partial, directory)
+        state.wait_for_everyone()
+        return cls(directory)
+
+    @classmethod
+    def for_teacher(cls, teacher, dataset: Dataset, directory: str | os.PathLike, **build_arguments) -> TeacherCache:
+        """The cache in `directory` if it is whole and of this very teacher and data, else one built anew."""
+        state = PartialState()
+        try:
+            cache = cls(directory)
+            cache.check(dataset=dataset, teacher=teacher)
+            usable = True
+        except CacheError:
+            usable = False
+        # One process that cannot read it is enough to build it again, and all must agree: building is collective.
+        if state.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            usable = all(gather_object([usable]))
+        return cache if usable else cls.build(teacher, dataset, directory, **build_arguments)
+
+    def check(self, *, num_items: int | None = None, dataset: Dataset | None = None, teacher=None) -> None:
+        """
+        Raise unless this cache was made over `num_items` items, from this data set, by this teacher.
+
+        Raises:
+            CacheError: names what differs.
+        """
+        found = {
+            "num_items": num_items,
+            "data_hash": None if dataset is None else data_hash(dataset),
+            "teacher_hash": None if teacher is None else teacher.content_hash(),
+        }
+        for key, value in found.items():
+            if value is not None and value != self.manifest[key]:
+                raise CacheError(
+                    f"The teacher cache {self.directory} does not fit: its {key} is {self.manifest[key]!r}, and here "
+                    f"it is {value!r}. Build it again with TeacherCache.build."
+                )
+
+    def lookup(
+        self, row_id: torch.LongTensor, labels: torch.LongTensor, attention_mask: torch.LongTensor
+    ) -> torch.Tensor:
+        """
+        The teacher's hidden states at the supervised positions of a batch, in row-major order.
+
+        Args:
+            row_id (`torch.LongTensor` of shape `(B,)`): the rows' ids.
+            labels (`torch.LongTensor` of shape `(B, T)`): -100 where there is nothing to learn.
+            attention_mask (`torch.LongTensor` of shape `(B, T)`): 1 at items; padding is on the right.
+
+        Returns:
+            `torch.Tensor` of shape `(P, d_t)` for the P positions with a label, on the labels' device.
+
+        Raises:
+            CacheError: a row or a position that the teacher has not seen.
+        """
+        rows, columns = (labels != -100).nonzero().T.cpu().numpy()
+        lengths = attention_mask.sum(dim=1).cpu().numpy()
+        ids = row_id.cpu().numpy()
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self._offsets) - 1):
+            raise CacheError(
+                f"Row {ids.max()} is not in the teacher cache {self.directory}: it was built for another data set."
+            )
+        from_end = (lengths[rows] - columns).astype(np.int64)
+        starts, ends = self._offsets[ids[rows]], self._offsets[ids[rows] + 1]
+        index = ends - from_end
+        if (index < starts).any():
+            row = ids[rows][np.argmax(index < starts)]
+            raise CacheError(
+                f"The student reads more of row {row} than its teacher did: build the teacher cache with a max_length "
+                "of at least the student's."
+            )
+        return torch.from_numpy(self._gather(index)).to(labels.device)
+
+    def _gather(self, index: np.ndarray) -> np.ndarray:
+        if len(self._shards) == 1:
+            return self._shards[0][index]
+        hidden = np.empty((len(index), self.manifest["hidden_size"]), dtype=np.float32)
+        owners = np.searchsorted(self._shard_starts, index, side="right") - 1
+        for number in np.unique(owners):
+            mine = owners == number
+            hidden[mine] = self._shards[number][index[mine] - self._shard_starts[number]]
+        return hidden
+
+
+def _write_shards(teacher, dataset, directory: Path, collator, batch_size: int, state: PartialState) -> list[str]:
+    """Write this process's shard and the offsets; returns the names of all shards."""
+    row_ids = np.asarray(dataset["row_id"], dtype=np.int64)
+    counts = np.minimum(np.asarray(dataset["length"], dtype=np.int64) - 1, collator.max_length)
+    if len(np.unique(row_ids)) < len(row_ids) or row_ids.min(initial=0) < 0:
+        raise CacheError("A teacher cache needs unique, non-negative row ids: `row_id` repeats or is negative.")
+    # One entry per id up to the largest: ids that are not in this split own no position.
+    per_id = np.zeros(row_ids.max(initial=-1) + 1, dtype=np.int64)
+    per_id[row_ids] = counts
+    offsets = np.concatenate([[0], np.cumsum(per_id)])
+    bounds = np.linspace(0, len(per_id), state.num_processes + 1).astype(np.int64)
+    names = [f"hidden-{rank:05d}-of-{state.num_processes:05d}.npy" for rank in range(state.num_processes)]
+    if state.is_main_process:
+        np.save(directory / OFFSETS_NAME, offsets)
+    first, last = bounds[state.process_index], bounds[state.process_index + 1]
+    mine = np.flatnonzero((row_ids >= first) & (row_ids < last))
+    shard = np.lib.format.open_memmap(
+        directory / names[state.process_index],
+        mode="w+",
+        dtype=np.float32,
+        shape=(int(offsets[last] - offsets[first]), teacher.item_matrix().shape[1]),
+    )
+    _fill_shard(
+        shard, offsets - offsets[first], teacher, dataset, mine[np.argsort(-counts[mine])], collator, batch_size
+    )
+    shard.flush()
+    return names
+
+
+@torch.no_grad()
+def _fill_shard(shard, starts, teacher, dataset, order, collator, batch_size: int) -> None:
+    """Encode the rows in `order` (longest first, so that little is padding) and put each at its place."""
+    was_training = teacher.training
+    teacher.eval()
+    columns = dataset.select_columns(["item_ids", "row_id"])
+    for begin in logging.tqdm(range(0, len(order), batch_size), desc="Caching the teacher", leave=False):
+        batch = collator(columns.__getitems__(order[begin : begin + batch_size].tolist()))
+        device = teacher.device
+        hidden = teacher.encode(batch["item_ids"].to(device), batch["attention_mask"].to(device))
+        mask = batch["attention_mask"].bool()
+        rows, positions = mask.nonzero().T.numpy()
+        shard[starts[batch["row_id"].numpy()[rows]] + positions] = hidden[mask.to(device)].float().cpu().numpy()
+    teacher.train(was_training)
+
+
+@torch.no_grad()
+def _write_manifest(teacher, dataset, directory: Path, shards: list[str]) -> None:
+    item_matrix = teacher.item_matrix().float().cpu().contiguous()
+    save_file({"item_matrix": item_matrix}, directory / ITEM_MATRIX_NAME)
+    sizes = [len(np.load(directory / name, mmap_mode="r", allow_pickle=False)) for name in shards]
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "num_items": item_matrix.shape[0] - 1,
+        "hidden_size": item_matrix.shape[1],
+        "positions": sum(sizes),
+        "data_hash": data_hash(dataset),
+        "teacher_hash": teacher.content_hash(),
+        "shards": shards,
+        "files": {name: _file_facts(directory / name) for name in [*shards, OFFSETS_NAME, ITEM_MATRIX_NAME]},
+    }
+    (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2))
+
+
+def _read_manifest(directory: Path) -> dict:
+    path = directory / MANIFEST_NAME
+    remedy = "build it with TeacherCache.build"
+    if not path.is_file():
+        raise CacheError(f"There is no teacher cache in {directory}: {remedy}.")
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{path} is damaged ({error}): {remedy} again.") from error
+    if version != FORMAT_VERSION:
+        raise CacheError(f"{path} has format version {version}, this package reads {FORMAT_VERSION}: {remedy} again.")
+    return manifest
+
+
+def _file_facts(path: Path) -> dict:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _check_file(path: Path, facts: dict) -> None:
+    if not path.is_file() or path.stat().st_size != facts["bytes"] or _file_facts(path) != facts:
+        raise CacheError(f"{path} is missing, torn or altered: build the teacher cache again with TeacherCache.build.")

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much a student listens to its teacher, sample by sample."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import ConfigurationError
+
+
+WEIGHTINGS = ("rank", "confidence", "none")
+
+
+def rank_weights(student_ranks: torch.Tensor, teacher_ranks: torch.Tensor, base: int = 1) -> torch.Tensor:
+    r"""
+    The paper's sample weights: a student listens where its teacher ranks the true item better.
+
+    $$w = \mathrm{clip}\left(1 + \frac{r_s - r_t}{\max(r_t, 1)}, 0, 2\right) \text{ if } r_s > r_t, \text{ else }
+    \mathrm{clip}\left(1 - \frac{r_t - r_s}{\max(r_s, 1)}, 0, 2\right)$$
+
+    With the roles swapped the two weights of a sample always add up to 2; equal ranks give 1.
+
+    Args:
+        student_ranks (`torch.Tensor` of shape `(P,)`):
+            1-based rank of the true item under the student.
+        teacher_ranks (`torch.Tensor` of shape `(P,)`):
+            1-based rank of the true item under the teacher.
+        base (`int`, *optional*, defaults to 1):
+            The rank of the best item inside the formula, 0 or 1. The paper does not say which; second against third
+            place gives 1.5 with base 1 and 2.0 with base 0.
+
+    Returns:
+        `torch.Tensor` of shape `(P,)`: weights in [0, 2], float32.
+
+    Source: LLMD4Rec (arXiv 2505.18120), sample-wise adaptive weights `w1` and `w2`.
+    """
+    if base not in (0, 1):
+        raise ConfigurationError(f"rank_base must be 0 or 1, got {base!r}.")
+    student = student_ranks.to(torch.float32) + (base - 1)
+    teacher = teacher_ranks.to(torch.float32) + (base - 1)
+    # Both branches of the paper are one expression: the difference over the better (smaller) of the two ranks.
+    better = torch.minimum(student, teacher).clamp_min(1.0)
+    return (1.0 + (student - teacher) / better).clamp(0.0, 2.0)
+
+
+def confidence_weights(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
+    """
+    Smooth counterpart of [`rank_weights`]: `2 p_t / (p_t + p_s)` for the true item's probabilities.
+
+    Like the rank weights, the two directions of a sample add up to 2 and equal models give 1, but the weight moves
+    smoothly instead of jumping between 0 and 2 wherever ranks differ by a factor of two.
+
+    Args:
+        student_log_probs (`torch.Tensor` of shape `(P,)`): log-probability of the true item under the student.
+        teacher_log_probs (`torch.Tensor` of shape `(P,)`): log-probability of the true item under the teacher.
+
+    Returns:
+        `torch.Tensor` of shape `(P,)`: weights in [0, 2].
+    """
+    return 2.0 * torch.sigmoid(teacher_log_probs - student_log_probs)

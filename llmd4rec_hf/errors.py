@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The errors a user can mend. Each message says what was wrong, where, and what to do."""
+from __future__ import annotations
+
+
+class LLMD4RecError(Exception):
+    """Base class: catch it to catch every error of this package that a user can mend."""
+
+
+class DataError(LLMD4RecError, ValueError):
+    """The interaction log, the catalogue or a batch is not what it should be."""
+
+
+class ConfigurationError(LLMD4RecError, ValueError):
+    """Arguments that are out of range, contradict each other, or do not fit the models or the data."""
+
+
+class CacheError(LLMD4RecError, RuntimeError):
+    """A teacher cache is missing, torn, or was made from another teacher, catalogue or data set."""
+
+
+class RunStateError(LLMD4RecError, RuntimeError):
+    """The state of a run on disk is damaged or belongs to another configuration."""

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recommenders: one protocol, conventional models and the LLM."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel
+
+from .gru4rec import GRU4RecConfig, GRU4RecModel
+from .llm_recommender import LLMRecommender, LLMRecommenderConfig
+from .recommender import Recommendations, RecommenderModel, RecommenderOutput
+from .sasrec import SASRecConfig, SASRecModel
+from .tiny_llm import build_tiny_llm
+
+
+for _model in (GRU4RecModel, LLMRecommender, SASRecModel):
+    AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
+    AutoModel.register(_model.config_class, _model, exist_ok=True)
+
+__all__ = [
+    "GRU4RecConfig",
+    "GRU4RecModel",
+    "LLMRecommender",
+    "LLMRecommenderConfig",
+    "Recommendations",
+    "RecommenderModel",
+    "RecommenderOutput",
+    "SASRecConfig",
+    "SASRecModel",
+    "build_tiny_llm",
+]

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one protocol of this package: a hidden state per position, and an item matrix."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import cached_file
+
+from ..data import ItemVocabulary
+from ..distillation.loss import distillation_loss
+from ..errors import ConfigurationError, DataError
+
+
+WEIGHTS_NAME = "model.safetensors"
+
+
+@dataclass
+class RecommenderOutput(ModelOutput):
+    """
+    Output of every [`RecommenderModel`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` are given):
+            Next-item cross-entropy over all items, in nats.
+        hidden (`torch.FloatTensor` of shape `(B, T, d)`, or `(B, d)` with `last_only`):
+            Hidden state per position; `hidden @ item_matrix.T` are the scores of the item that comes next.
+        item_matrix (`torch.FloatTensor` of shape `(N + 1, d)`):
+            One row per item, row 0 is padding.
+    """
+
+    loss: torch.FloatTensor | None = None
+    hidden: torch.FloatTensor | None = None
+    item_matrix: torch.FloatTensor | None = None
+
+
+@dataclass
+class Recommendations:
+    """
+    Best items per history, best first.
+
+    Attributes:
+        ids (`list[list]`): external item ids, one list per history. Shorter than `k` where fewer items are left.
+        scores (`list[list[float]]`): their scores, the logits of the model's next-item softmax.
+    """
+
+    ids: list[list]
+    scores: list[list[float]]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per recommendation: `history` (its index), `item_id`, `score`, `rank` (1-based)."""
+        rows = [
+            (history, item_id, score, rank)
+            for history, (ids, scores) in enumerate(zip(self.ids, self.scores, strict=True))
+            for rank, (item_id, score) in enumerate(zip(ids, scores, strict=True), start=1)
+        ]
+        return pd.DataFrame(rows, columns=["history", "item_id", "score", "rank"])
+
+
+class RecommenderModel(PreTrainedModel):
+    """
+    Base class of all recommenders: the conventional ones and the LLM.
+
+    A subclass implements [`~RecommenderModel.encode`] and [`~RecommenderModel.item_matrix`]; loss, distillation in
+    both directions, ranks, metrics, caching and `recommend` follow from these two. Its configuration must have
+    `num_items` and `max_length`.
+
+    Attributes:
+        vocabulary ([`ItemVocabulary`], *optional*): external item ids. Saved and loaded beside the weights.
+    """
+
+    base_model_prefix = "recommender"
+    main_input_name = "item_ids"
+    accepts_loss_kwargs = True
+    supports_gradient_checkpointing = False
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        # Neither is a prediction: a Trainer that collects a model's outputs must leave them where they are.
+        config.keys_to_ignore_at_inference = ["hidden", "item_matrix"]
+        self.vocabulary: ItemVocabulary | None = None
+
+    # --- what a model must say -----------------------------------------------------------------------------------
+
+    def encode(self, item_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None) -> torch.Tensor:
+        """
+        Hidden state after each item of each history.
+
+        Args:
+            item_ids (`torch.LongTensor` of shape `(B, T)`): internal ids in 1..N, padded with 0 on the right.
+            attention_mask (`torch.LongTensor` of shape `(B, T)`, *optional*): 1 at items, 0 at padding.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T, d)`. Position t depends on items 0..t of its own row alone.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement `encode`.")
+
+    def item_matrix(self) -> torch.Tensor:
+        """The item matrix, of shape `(N + 1, d)`; row 0 is padding."""
+        raise NotImplementedError(f"{type(self).__name__} must implement `item_matrix`.")
+
+    # --- what follows --------------------------------------------------------------------------------------------
+
+    def encode_last(self, item_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None) -> torch.Tensor:
+        """Hidden state after the last item of each history, of shape `(B, d)`."""
+        hidden = self.encode(item_ids, attention_mask)
+        last = sequence_lengths(item_ids, attention_mask) - 1
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+
+    def forward(
+        self,
+        item_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        row_id: torch.LongTensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        last_only: bool = False,
+    ) -> RecommenderOutput:
+        """
+        Args:
+            item_ids (`torch.LongTensor` of shape `(B, T)`): internal ids, padded with 0 on the right.
+            attention_mask (`torch.LongTensor` of shape `(B, T)`, *optional*): 1 at items, 0 at padding.
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): the next item at each position, -100 where
+                there is none.
+            row_id (`torch.LongTensor` of shape `(B,)`, *optional*): which rows these are. The collator gives it for
+                the trainers' teacher caches; the model itself ignores it.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*): what the summed loss is divided by; the number
+                of labels in this batch by default.
+            last_only (`bool`, *optional*, defaults to `False`): only the state after each history's last item, as
+                `hidden` of shape `(B, d)`. Goes without `labels`.
+
+        Returns:
+            [`RecommenderOutput`]
+        """
+        encode = self.encode_last if last_only else self.encode
+        hidden, item_matrix = encode(item_ids, attention_mask), self.item_matrix()
+        loss = None
+        if labels is not None:
+            loss = distillation_loss(
+                *supervised(hidden, labels, item_matrix), num_items_in_batch=num_items_in_batch
+            ).loss
+        return RecommenderOutput(loss=loss, hidden=hidden, item_matrix=item_matrix)
+
+    @torch.no_grad()
+    def recommend(
+        self,
+        histories: Sequence[Sequence],
+        k: int = 10,
+        *,
+        filter_seen: bool = True,
+        candidates: Iterable | None = None,
+        on_unknown: str = "raise",
+        batch_size: int = 256,
+    ) -> Recommendations:
+        """
+        Best next items for histories of any user, known to the training or not.
+
+        Args:
+            histories (`Sequence[Sequence]`): external item ids per history, oldest first.
+            k (`int`, *optional*, defaults to 10): how many items to recommend.
+            filter_seen (`bool`, *optional*, defaults to `True`): leave out items of the history.
+            candidates (`Iterable`, *optional*): external ids to choose from; all items by default.
+            on_unknown (`str`, *optional*, defaults to `"raise"`): what to do with ids outside the vocabulary,
+                `"raise"` or `"ignore"`.
+            batch_size (`int`, *optional*, defaults to 256): histories scored at a time.
+
+        Returns:
+            [`Recommendations`] on external ids.
+
+        Raises:
+            ConfigurationError: the model has no vocabulary, or `k` is not positive.
+            DataError: an unknown item, or a history without a known one.
+        """
+        if self.vocabulary is None:
+            raise ConfigurationError(
+                "This model has no item vocabulary, so it cannot read external ids: set `model.vocabulary`."
+            )
+        if k < 1:
+            raise ConfigurationError(f"k must be at least 1, got {k}.")
+        encoded = [self.vocabulary.encode(list(history), unknown=on_unknown) for history in histories]
+        for index, history in enumerate(encoded):
+            if len(history) == 0:
+                raise DataError(f"History {index} holds no known item: there is nothing to recommend from.")
+        allowed = self._candidate_mask(candidates, on_unknown)
+        was_training = self.training
+        self.eval()
+        ids: list[list] = []
+        scores: list[list[float]] = []
+        item_matrix = self.item_matrix().float()
+        for start in range(0, len(encoded), batch_size):
+            best = self._recommend_batch(encoded[start : start + batch_size], k, filter_seen, allowed, item_matrix)
+            for row_ids, row_scores in best:
+                ids.append(self.vocabulary.decode(row_ids))
+                scores.append(row_scores)
+        self.train(was_training)
+        return Recommendations(ids, scores)
+
+    def _candidate_mask(self, candidates, on_unknown) -> torch.Tensor:
+        allowed = torch.zeros(self.config.num_items + 1, dtype=torch.bool, device=self.device)
+        if candidates is None:
+            allowed[1:] = True
+        else:
+            chosen = self.vocabulary.encode(list(candidates), unknown=on_unknown)
+            allowed[torch.as_tensor(chosen, dtype=torch.long, device=self.device)] = True
+        return allowed
+
+    def _recommend_batch(self, histories, k, filter_seen, allowed, item_matrix):
+        recent = [torch.as_tensor(history, dtype=torch.long)[-self.config.max_length :] for history in histories]
+        item_ids = torch.nn.utils.rnn.pad_sequence(recent, batch_first=True).to(self.device)
+        scores = self.encode_last(item_ids).float() @ item_matrix.T
+        scores.masked_fill_(~allowed, -torch.inf)
+        if filter_seen:
+            for row, history in enumerate(histories):
+                scores[row, torch.as_tensor(history, dtype=torch.long, device=self.device)] = -torch.inf
+        values, indices = scores.topk(min(k, scores.shape[1]), dim=1)
+        for row_values, row_indices in zip(values, indices, strict=True):
+            kept = row_values.isfinite()
+            yield row_indices[kept].tolist(), row_values[kept].tolist()
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """Save weights, configuration and, if there is one, the item vocabulary. See [`PreTrainedModel`]."""
+        if self.vocabulary is not None and is_main_process:
+            self.vocabulary.save_pretrained(save_directory)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a model from a folder or the Hub, with its item vocabulary if there is one."""
+        model = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model._load_vocabulary(pretrained_model_name_or_path, **hub_arguments(kwargs))
+        return model
+
+    def _load_vocabulary(self, source, **hub_kwargs):
+        path = cached_file(str(source), "vocabulary.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        if path is not None:
+            self.vocabulary = ItemVocabulary.from_pretrained(os.path.dirname(path))
+
+    def portable_state(self, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
+        """The tensors that [`~RecommenderModel.save_pretrained`] writes: what tells this model from another one."""
+        return self.state_dict() if state_dict is None else state_dict
+
+    def content_hash(self) -> str:
+        """SHA-256 over names, dtypes, shapes and values of [`~RecommenderModel.portable_state`]."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.portable_state().items()):
+            value = value.detach().cpu().contiguous()
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(
+                value.view(torch.uint8).numpy() if value.dim() else value.reshape(1).view(torch.uint8).numpy()
+            )
+        return digest.hexdigest()
+
+    def load_weights(self, directory: str | os.PathLike) -> None:
+        """Bring the weights of a folder that [`~PreTrainedModel.save_pretrained`] wrote into this model, in place."""
+        self.load_state_dict(load_file(os.path.join(directory, WEIGHTS_NAME)))
+
+
+def hub_arguments(kwargs: dict) -> dict:
+    """Those of `from_pretrained`'s arguments that say where files come from."""
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def sequence_lengths(item_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None) -> torch.LongTensor:
+    """Number of items per row, of shape `(B,)`. Padding is on the right and its id is 0."""
+    return (item_ids != 0 if attention_mask is None else attention_mask).sum(dim=1)
+
+
+def supervised(hidden: torch.Tensor, labels: torch.LongTensor, item_matrix: torch.Tensor):
+    """Pack the supervised positions: `(hidden (P, d), item_matrix, labels (P,))`, as the loss takes them."""
+    mask = labels != -100
+    return hidden[mask], item_matrix, labels[mask]

@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The alternating rounds: two models teach each other until neither gets better.
+
+A run is a list of phases. Each starts from models on disk, trains one model, and ends with that model on disk and an
+entry in `state.json`; the next start skips what is recorded. The controls go through the same phases, seeds and
+numbers of steps, without a teacher.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from accelerate import PartialState
+from datasets import DatasetDict
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from .data import ItemVocabulary, data_hash
+from .errors import ConfigurationError, RunStateError
+from .evaluation import ranking_metrics
+from .evaluation.report import write_report
+from .models import LLMRecommender, RecommenderModel
+from .training import CRMArguments, CRMTrainer, DistillationArguments, MutualDistillArguments, MutualDistillTrainer
+from .training.progress import PhaseProgress
+
+
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "state.json"
+RESULTS_NAME = "results.json"
+STATE_VERSION = 1
+METRIC = "ndcg@10"
+DISTILLED, CONTROL = "distilled", "control"
+REFRESH_MODES = ("copy", "off")
+# Arguments that say where and how a run goes on, not what comes out of it: with others it is still the same run.
+_NOT_IDENTITY = {"output_dir", "logging_dir", "disable_tqdm", "report_to", "log_level", "run_name", "project"}
+
+
+@dataclass
+class MutualDistillationConfig:
+    """
+    Configuration of [`MutualDistillation`].
+
+    Args:
+        output_dir (`str`): where the run lives. Started again with the same folder, it goes on where it was.
+        rounds (`int`, *optional*, defaults to 3): most rounds; the paper uses 3 to 5.
+        controls (`bool`, *optional*, defaults to `True`): also train both models without distillation, through the
+            same phases, so that every gain has something to be measured against. Doubles the cost.
+        refresh (`str`, *optional*, defaults to `"copy"`): inject the CRM's item vectors into the LLM at every round
+            (`"copy"`), or at the first alone (`"off"`, the paper's ablation).
+        tolerance (`float`, *optional*, defaults to 0.0): stop when, in a round, neither model's best validation
+            NDCG@10 rose by more than this.
+        seed (`int`, *optional*, defaults to 42): of the run; each round derives its own.
+        dataset_name (`str`, *optional*, defaults to `""`): shown in results and report.
+        dataset_facts (`dict`, *optional*): what [`describe_interactions`] said, for results and report.
+    """
+
+    output_dir: str
+    rounds: int = 3
+    controls: bool = True
+    refresh: str = "copy"
+    tolerance: float = 0.0
+    seed: int = 42
+    dataset_name: str = ""
+    dataset_facts: dict | None = None
+
+    def __post_init__(self):
+        if self.rounds < 1:
+            raise ConfigurationError(f"rounds must be at least 1, got {self.rounds}.")
+        if self.refresh not in REFRESH_MODES:
+            raise ConfigurationError(f"refresh must be one of {', '.join(REFRESH_MODES)}, got {self.refresh!r}.")
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """One training of one model."""
+
+    side: str
+    round: int
+    arm: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.round}-{self.side}-{self.arm}"
+
+    @property
+    def title(self) -> str:
+        what = "CRM" if self.side == "crm" else "LLM"
+        if self.round == 0:
+            return f"{what} warm-up"
+        return f"{what} round {self.round}" + (", control" if self.arm == CONTROL else "")
+
+
+class MutualDistillation:
+    """
+    Trains a CRM and an LLM recommender against each other for several rounds.
+
+    CRM warm-up, then per round: refresh of the LLM's item vectors, LLM against the CRM, CRM against the LLM,
+    evaluation of both on validation. It ends after `config.rounds`, or when a round brings neither model forward; then each
+    side's best round by validation NDCG@10 is restored and tested once.
+
+    Args:
+        llm ([`LLMRecommender`]): the LLM side.
+        crm ([`RecommenderModel`]): the conventional side, e.g. a [`SASRecModel`].
+        sequences ([`~datasets.DatasetDict`]): `train`, `validation` and `test`, as [`split_leave_one_out`] makes them.
+        vocabulary ([`ItemVocabulary`]): the items of all three.
+        config ([`MutualDistillationConfig`]): the run.
+        llm_args ([`MutualDistillArguments`], *optional*): how the LLM is trained in each round.
+        crm_args ([`CRMArguments`], *optional*): how the CRM is trained, in the warm-up and in each round.
+
+    Raises:
+        ConfigurationError: models or data over another catalogue than `vocabulary`.
+        RunStateError: `output_dir` holds a run with other models, data or settings.
+    """
+
+    def __init__(
+        self,
+        llm: LLMRecommender,
+        crm: RecommenderModel,
+        sequences: DatasetDict,
+        vocabulary: ItemVocabulary,
+        config: MutualDistillationConfig,
+        llm_args: MutualDistillArguments | None = None,
+        crm_args: CRMArguments | None = None,
+    ):
+        self.config = config
+        self.sequences = sequences
+        self.vocabulary = vocabulary
+        self.output_dir = Path(config.output_dir)
+        self.models: dict[str, RecommenderModel] = {"llm": llm, "crm": crm}
+        placeholder = str(self.output_dir / "phases")
+        self.args: dict[str, DistillationArguments] = {
+            "llm": llm_args or MutualDistillArguments(placeholder),
+            "crm": crm_args or CRMArguments(placeholder),
+        }
+        self._check()
+        for model in self.models.values():
+            model.vocabulary = vocabulary
+        self.process = PartialState()
+        self.state: dict = {}
+
+    def _check(self) -> None:
+        for name in ("train", "validation", "test"):
+            if name not in self.sequences:
+                raise ConfigurationError(f"sequences must hold train, validation and test; {name} is missing.")
+        for side, model in self.models.items():
+            if model.config.num_items != len(self.vocabulary):
+                raise ConfigurationError(
+                    f"The {side.upper()} scores {model.config.num_items} items and the vocabulary holds "
+                    f"{len(self.vocabulary)}: build both models with num_items=len(vocabulary)."
+                )
+        if self.args["llm"].seen_items != self.args["crm"].seen_items:
+            raise ConfigurationError(
+                "llm_args and crm_args must agree on seen_items, or their metrics do not compare."
+            )
+
+    # --- the run -------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict:
+        """
+        Run, or go on with, all phases.
+
+        Returns:
+            `dict`: what `results.json` holds.
+        """
+        self._open_state()
+        results_path = self.output_dir / RESULTS_NAME
+        if self.state.get("finished") and results_path.is_file():
+            logger.info(f"{self.output_dir} holds a finished run: nothing to do.")
+            return json.loads(results_path.read_text())
+        self._run_phase(_Phase("crm", 0, DISTILLED))
+        for round_number in range(1, self.config.rounds + 1):
+            for arm in self._arms:
+                self._run_phase(_Phase("llm", round_number, arm))
+                self._run_phase(_Phase("crm", round_number, arm))
+            if self._converged(round_number):
+                logger.info(f"Neither model got better in round {round_number}: the run has converged.")
+                break
+        return self._finish()
+
+    @property
+    def _arms(self) -> tuple[str, ...]:
+        return (DISTILLED, CONTROL) if self.config.controls else (DISTILLED,)
+
+    def _run_phase(self, phase: _Phase) -> None:
+        if phase.name in self.state["phases"]:
+            return
+        started = time.monotonic()
+        trainer = self._trainer(phase)
+        folder = self._folder(phase)
+        PhaseProgress.install(trainer, phase.title)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+        metrics = _strip(trainer.evaluate(), "eval_")
+        self._save_model(phase.side, folder / "model")
+        record = {"validation": metrics, "seconds": time.monotonic() - started, "epochs": trainer.state.epoch}
+        record["distillation"] = _last_logged(trainer.state.log_history, ("kl", "weight_mean", "agreement"))
+        self.state["phases"][phase.name] = record
+        self._write_state()
+        logger.info(f"{phase.title}: validation {METRIC} {metrics[METRIC]:.4f} ({record['seconds']:.0f} s)")
+        if self.process.is_main_process:
+            for path in folder.iterdir():
+                if path.name != "model":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _trainer(self, phase: _Phase):
+        """The trainer of a phase, with its student and teacher as the phases before left them."""
+        student = self.models[phase.side]
+        student.load_weights(self._start_of(phase))
+        teacher_side = "crm" if phase.side == "llm" else "llm"
+        source = self._teacher_of(phase)
+        if source is not None:
+            self.models[teacher_side].load_weights(source)
+        args = self._phase_args(phase)
+        refresh = phase.side == "llm" and (phase.round == 1 or self.config.refresh == "copy")
+        if refresh:
+            student.set_item_vectors(self.models[teacher_side].item_matrix())
+        trainer_class = MutualDistillTrainer if phase.side == "llm" else CRMTrainer
+        return trainer_class(
+            student,
+            args,
+            self.sequences["train"],
+            self.sequences["validation"],
+            teacher=self.models[teacher_side] if phase.arm == DISTILLED and phase.round > 0 else None,
+        )
+
+    def _start_of(self, phase: _Phase) -> Path:
+        """Where a phase's student starts: its own last round, in the same arm."""
+        if phase.round == 0 or (phase.side == "llm" and phase.round == 1):
+            return self.output_dir / "phases" / f"initial-{phase.side}"
+        return self._model_folder(phase.side, phase.round - 1, phase.arm)
+
+    def _teacher_of(self, phase: _Phase) -> Path | None:
+        """The other side's model that a phase learns from, or takes item vectors from."""
+        if phase.round == 0:
+            return None
+        if phase.side == "llm":
+            return self._model_folder("crm", phase.round - 1, phase.arm)
+        return self._model_folder("llm", phase.round, phase.arm)
+
+    def _model_folder(self, side: str, round_number: int, arm: str) -> Path:
+        # Both arms begin with the same warm-up.
+        return self._folder(_Phase(side, round_number, DISTILLED if round_number == 0 else arm)) / "model"
+
+    def _folder(self, phase: _Phase) -> Path:
+        return self.output_dir / "phases" / phase.name
+
+    def _phase_args(self, phase: _Phase) -> DistillationArguments:
+        """The side's arguments, with the phase's folder and seed, evaluating and keeping the best by default."""
+        args = copy.deepcopy(self.args[phase.side])
+        args.output_dir = str(self._folder(phase))
+        # Both arms of a round get the same seed; two rounds must not, or each would see the same batches again.
+        args.seed = self.config.seed + 1000 * phase.round
+        if phase.side == "llm":
+            args.refresh_item_vectors = False
+        if args.eval_strategy == "no":
+            args = dataclasses.replace(
+                args,
+                eval_strategy="epoch",
+                save_strategy="epoch",
+                logging_strategy="epoch",
+                load_best_model_at_end=True,
+                metric_for_best_model=METRIC,
+                greater_is_better=True,
+                save_total_limit=args.save_total_limit or 1,
+                restore_callback_states_from_checkpoint=True,
+            )
+        return args
+
+    def _converged(self, round_number: int) -> bool:
+        """Whether a round brought neither distilled model's best validation metric forward."""
+        if round_number == 1:
+            return False
+        return all(
+            self._best_value(side, round_number) - self._best_value(side, round_number - 1) <= self.config.tolerance
+            for side in ("crm", "llm")
+        )
+
+    def _best_value(self, side: str, until: int) -> float:
+        return max(self._validation(side, n, DISTILLED)[METRIC] for n in self._rounds(side) if n <= until)
+
+    # --- the end -------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> dict:
+        final = {}
+        for side in ("crm", "llm"):
+            for arm in (DISTILLED, CONTROL):
+                key = side if arm == DISTILLED else f"{side}_without_distillation"
+                final[key] = self._test_best(side, arm) if arm in self._arms else None
+        results = self._results(final)
+        if self.process.is_main_process:
+            _write_json(self.output_dir / RESULTS_NAME, results)
+            write_report(results, self.output_dir)
+        self.state["finished"] = True
+        self._write_state()
+        return results
+
+    def _test_best(self, side: str, arm: str) -> dict:
+        """Restore a side's best round by validation, test it, and put a distilled one where users find it."""
+        best = max(self._rounds(side), key=lambda n: self._validation(side, n, arm)[METRIC])
+        model = self.models[side]
+        model.load_weights(self._model_folder(side, best, arm))
+        args = copy.deepcopy(self.args[side])
+        args.output_dir = str(self.output_dir / "phases" / "test")
+        trainer_class = MutualDistillTrainer if side == "llm" else CRMTrainer
+        trainer = trainer_class(model, args)
+        PhaseProgress.install(trainer, f"{side.upper()} test")
+        ranks = trainer.predict(self.sequences["test"]).predictions
+        if arm == DISTILLED:
+            self._save_model(side, self.output_dir / side)
+        return {"round": best, "validation": self._validation(side, best, arm), "test": ranking_metrics(ranks)}
+
+    def _rounds(self, side: str) -> list[int]:
+        return sorted(
+            int(name.split("-")[0]) for name in self.state["phases"] if name.endswith(f"-{side}-{DISTILLED}")
+        )
+
+    def _validation(self, side: str, round_number: int, arm: str) -> dict:
+        phase = _Phase(side, round_number, DISTILLED if round_number == 0 else arm)
+        return self.state["phases"][phase.name]["validation"]
+
+    def _results(self, final: dict) -> dict:
+        phases = self.state["phases"]
+        rounds = []
+        for number in self._rounds("crm"):
+            entry: dict = {"round": number, "crm": None, "llm": None, "crm_control": None, "llm_control": None}
+            entry["distillation"] = {}
+            for side in ("crm", "llm"):
+                for arm, key in ((DISTILLED, side), (CONTROL, f"{side}_control")):
+                    record = phases.get(_Phase(side, number, arm).name)
+                    if record is not None:
+                        entry[key] = {"validation": record["validation"], "test": None}
+                record = phases.get(_Phase(side, number, DISTILLED).name)
+                entry["distillation"][side] = record["distillation"] if record and number else None
+            if number == 0 and self.config.controls:
+                entry["crm_control"] = entry["crm"]
+            rounds.append(entry)
+        return {
+            "dataset": {
+                "name": self.config.dataset_name,
+                "users": len(self.sequences["test"]),
+                "items": len(self.vocabulary),
+                "interactions": sum(self.sequences["test"]["length"]),
+                "hash": data_hash(self.sequences["test"]),
+                **(self.config.dataset_facts or {}),
+            },
+            "protocol": {
+                "split": "leave_one_out",
+                "seen_items": "masked" if self.args["crm"].seen_items == "mask" else "kept",
+                "ties": "pessimistic",
+                "ranking": "full",
+            },
+            "seed": self.config.seed,
+            "versions": _versions(),
+            "rounds": rounds,
+            "final": final,
+            "seconds": {name: record["seconds"] for name, record in phases.items()},
+        }
+
+    # --- what is on disk -----------------------------------------------------------------------------------------
+
+    def _open_state(self) -> None:
+        """Read the state of a run that was begun here, or begin one with the models as they are."""
+        path = self.output_dir / STATE_NAME
+        identity = self._identity()
+        if path.is_file():
+            try:
+                self.state = json.loads(path.read_text())
+                found = self.state["identity"]
+            except (ValueError, KeyError) as error:
+                raise RunStateError(
+                    f"{path} is damaged ({error}): give another output_dir, or delete this one."
+                ) from error
+            different = sorted(key for key in identity | found if identity.get(key) != found.get(key))
+            if different:
+                key = different[0]
+                raise RunStateError(
+                    f"{self.output_dir} holds a run with other settings ({key}: {found.get(key)!r} there, "
+                    f"{identity.get(key)!r} here): give another output_dir, or delete this one."
+                )
+            return
+        for side in self.models:
+            self._save_model(side, self.output_dir / "phases" / f"initial-{side}")
+        self.state = {"version": STATE_VERSION, "identity": identity, "phases": {}, "finished": False}
+        self._write_state()
+
+    def _identity(self) -> dict:
+        """What makes two runs the same run, flat, so that a difference can be named."""
+        identity = {f"config.{k}": v for k, v in dataclasses.asdict(self.config).items() if k not in _NOT_IDENTITY}
+        for side, args in self.args.items():
+            settings = json.loads(args.to_json_string())
+            identity |= {f"{side}_args.{k}": v for k, v in settings.items() if k not in _NOT_IDENTITY}
+            model = json.loads(self.models[side].config.to_json_string(use_diff=False))
+            identity |= {f"{side}.{k}": v for k, v in model.items() if k != "backbone_config"}
+        identity["vocabulary"] = self.vocabulary.content_hash
+        identity |= {f"sequences.{name}": data_hash(split) for name, split in self.sequences.items()}
+        return json.loads(json.dumps(identity, sort_keys=True, default=str))
+
+    def _write_state(self) -> None:
+        if self.process.is_main_process:
+            _write_json(self.output_dir / STATE_NAME, self.state)
+        self.process.wait_for_everyone()
+
+    def _save_model(self, side: str, folder: Path) -> None:
+        """Save a model beside its place and rename it: a folder by that name is whole or not there."""
+        if self.process.is_main_process:
+            partial = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            self.models[side].save_pretrained(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
+        self.process.wait_for_everyone()
+
+
+def _strip(metrics: dict, prefix: str) -> dict:
+    """The ranking metrics of a Trainer's `evaluate`, without its prefix and its timings."""
+    return {name.removeprefix(prefix): value for name, value in metrics.items() if "@" in name}
+
+
+def _last_logged(log_history: list[dict], names: tuple[str, ...]) -> dict | None:
+    for entry in reversed(log_history):
+        if all(name in entry for name in names):
+            return {name: entry[name] for name in names}
+    return None
+
+
+def _versions() -> dict:
+    from . import __version__
+
+    return {
+        "llmd4rec_hf": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "datasets": datasets.__version__,
+    }
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2))
+    os.replace(partial, path)

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainers and their arguments."""
+
+from __future__ import annotations
+
+from .arguments import CRMArguments, DistillationArguments, MutualDistillArguments
+from .crm_trainer import CRMTrainer
+from .mutual_distill_trainer import MutualDistillTrainer
+from .trainer import DistillationTrainer
+
+
+__all__ = [
+    "CRMArguments",
+    "CRMTrainer",
+    "DistillationArguments",
+    "DistillationTrainer",
+    "MutualDistillArguments",
+    "MutualDistillTrainer",
+]

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training arguments of the two trainers: `TrainingArguments` and what distillation adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import SchedulerType, TrainingArguments
+
+from ..distillation.weighting import WEIGHTINGS
+from ..errors import ConfigurationError
+
+
+SEEN_ITEMS = ("mask", "keep")
+NORMALIZATIONS = ("dataset", "batch")
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """
+    Arguments that both directions of distillation share. All of [`~transformers.TrainingArguments`] is there too.
+
+    Args:
+        temperature (`float`, *optional*, defaults to 2.0): softens both distributions in the KL term.
+        kl_weight (`float`, *optional*, defaults to 0.5): weight of KL against cross-entropy.
+        weighting (`str`, *optional*, defaults to `"rank"`): sample weights, `"rank"` (the paper's), `"confidence"` or
+            `"none"`.
+        rank_base (`int`, *optional*, defaults to 1): rank of the best item in the rank weights, 0 or 1.
+        scale_by_temperature_squared (`bool`, *optional*, defaults to `True`): multiply KL by the squared temperature.
+        loss_chunk_size (`int`, *optional*): positions per chunk of the loss; chosen from catalogue and device by
+            default.
+        loss_normalization (`str`, *optional*, defaults to `"dataset"`): what a step's summed loss is divided by.
+            `"dataset"`: the mean number of positions of a step, a constant, so that each position counts the same over
+            an epoch although length-bucketed batches hold few or many. `"batch"`: the number of positions in this
+            step, as [`~transformers.Trainer`] does.
+        length_bucketing (`bool`, *optional*, defaults to `True`): batch histories of like length, so that little is
+            padding.
+        seen_items (`str`, *optional*, defaults to `"mask"`): in evaluation, leave out the items of the history
+            (`"mask"`) or rank them too (`"keep"`, for data with repeats).
+        early_stopping_patience (`int`, *optional*): stop after so many evaluations without a better
+            `metric_for_best_model`. Off by default.
+    """
+
+    temperature: float = field(default=2.0, metadata={"help": "Softens both distributions in the KL term."})
+    kl_weight: float = field(default=0.5, metadata={"help": "Weight of KL against cross-entropy."})
+    weighting: str = field(default="rank", metadata={"help": "Sample weights.", "choices": WEIGHTINGS})
+    rank_base: int = field(
+        default=1, metadata={"help": "Rank of the best item in the rank weights.", "choices": (0, 1)}
+    )
+    scale_by_temperature_squared: bool = field(
+        default=True, metadata={"help": "Multiply KL by the squared temperature."}
+    )
+    loss_chunk_size: int | None = field(default=None, metadata={"help": "Positions per chunk of the loss."})
+    loss_normalization: str = field(
+        default="dataset",
+        metadata={"help": "Divide a step's loss by its mean or its own positions.", "choices": NORMALIZATIONS},
+    )
+    length_bucketing: bool = field(default=True, metadata={"help": "Batch histories of like length."})
+    seen_items: str = field(
+        default="mask", metadata={"help": "Leave items of the history out of the ranking.", "choices": SEEN_ITEMS}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        # Pinned memory speeds up copies to an accelerator; without one torch warns at every epoch.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
+        if not self.temperature > 0:
+            raise ConfigurationError(f"temperature must be positive, got {self.temperature}.")
+        if self.kl_weight < 0:
+            raise ConfigurationError(f"kl_weight must not be negative, got {self.kl_weight}.")
+        choices = {
+            "weighting": WEIGHTINGS,
+            "rank_base": (0, 1),
+            "loss_normalization": NORMALIZATIONS,
+            "seen_items": SEEN_ITEMS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigurationError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+
+
+@dataclass
+class MutualDistillArguments(DistillationArguments):
+    """
+    Arguments of [`MutualDistillTrainer`]: the LLM learns, from a CRM.
+
+    Args:
+        refresh_item_vectors (`bool`, *optional*, defaults to `True`): inject the teacher's item vectors into the LLM
+            before training.
+    """
+
+    refresh_item_vectors: bool = field(
+        default=True, metadata={"help": "Inject the teacher's item vectors into the LLM before training."}
+    )
+    learning_rate: float = field(default=5e-4, metadata={"help": "The initial learning rate."})
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs per round."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Histories per device and step."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Histories per device in evaluation."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or their share if below 1."})
+
+
+@dataclass
+class CRMArguments(DistillationArguments):
+    """Arguments of [`CRMTrainer`]: the CRM learns, from the LLM or alone."""
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "The initial learning rate."})
+    num_train_epochs: float = field(default=100.0, metadata={"help": "Epochs per round."})
+    per_device_train_batch_size: int = field(default=256, metadata={"help": "Histories per device and step."})
+    per_device_eval_batch_size: int = field(default=512, metadata={"help": "Histories per device in evaluation."})
+    lr_scheduler_type: SchedulerType = field(default="constant", metadata={"help": "The learning rate schedule."})

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Upward distillation: a CRM learns from the LLM."""
+
+from __future__ import annotations
+
+from .arguments import CRMArguments
+from .trainer import DistillationTrainer
+
+
+class CRMTrainer(DistillationTrainer):
+    """
+    Trains a conventional recommender on the data and against the LLM's cached output distribution (the paper's
+    `L_up`).
+
+    Without a teacher it is a plain `Trainer` for the CRM. See [`DistillationTrainer`] for the arguments.
+
+    Example:
+
+    ```python
+    >>> trainer = CRMTrainer(crm, CRMArguments("crm"), splits["train"], splits["validation"], teacher=llm)
+    >>> trainer.train()
+    ```
+    """
+
+    arguments_class = CRMArguments

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import gzip
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from llmd4rec_hf.data.formats import FORMATS, detect_format, format_names, infer_types
+from llmd4rec_hf.errors import DataError
+
+
+CONTENTS = {
+    "csv": b"user_id,item_id\n1,2\n",
+    "tsv": b"user_id\ttitle, long\n1\tx, y\n",
+    "jsonl": b'{"user_id": 1, "item_id": "a,b"}\n',
+    "s3rec": b"1 2 3\n2 3\n",
+    "parquet": None,
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_exactly_one_format_matches(tmp_path, name, zipped):
+    path = tmp_path / "log"
+    if name == "parquet":
+        pd.DataFrame({"user_id": [1]}).to_parquet(path)
+    else:
+        path.write_bytes(gzip.compress(CONTENTS[name]) if zipped else CONTENTS[name])
+    assert [format.name for format in FORMATS if format.matches(path)] == [name]
+    assert detect_format(path).name == name
+
+
+@pytest.mark.parametrize("name", ["csv", "jsonl", "s3rec"])
+def test_a_file_torn_after_its_head(tmp_path, name):
+    rng = np.random.default_rng(0)
+    first = CONTENTS[name].splitlines(keepends=True)[0]
+    line = {"csv": "{},{}\n", "jsonl": '{{"user_id": {}, "item_id": "{}"}}\n', "s3rec": "{} {}\n"}[name]
+    more = "".join(line.format(*pair) for pair in rng.integers(1 << 40, size=(50_000, 2)))
+    path = tmp_path / "log.gz"
+    path.write_bytes(gzip.compress(first + more.encode())[:-300_000])
+    with pytest.raises(DataError, match="log.gz: cannot be read .*; check the file"):
+        detect_format(path).read(path)
+
+
+def test_a_name_overrules_the_content(tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(CONTENTS["csv"])
+    assert detect_format(path, "tsv").name == "tsv"
+    path.write_bytes(b"\x80\x04.")
+    with pytest.raises(DataError, match="pickle"):
+        detect_format(path, "csv")
+
+
+def test_names_are_unique():
+    assert format_names()[0] == "auto"
+    assert len(set(format_names())) == len(format_names()) == len(FORMATS) + 1
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["1", "-20"], pa.int64()),
+        (["1", "007"], pa.string()),
+        (["1", "+7"], pa.string()),
+        (["1", " 7"], pa.string()),
+        (["1", ""], pa.string()),
+        (["1", str(2**63)], pa.string()),
+        (["1.5", "2.0"], pa.float64()),
+        (["1e5", "2e5"], pa.string()),
+        (["nan", "inf"], pa.string()),
+    ],
+)
+def test_text_becomes_a_number_only_where_nothing_is_lost(values, kind):
+    table = infer_types(pa.table({"x": pa.chunked_array([values[:1], values[1:]])}))
+    assert table["x"].type == kind
+
+
+def test_long_lines_do_not_hide_the_format(tmp_path):
+    path = tmp_path / "Beauty.txt"
+    path.write_text("1 " + " ".join(map(str, range(50_000))) + "\n2 3\n")
+    assert detect_format(path).name == "s3rec"
+    assert detect_format(path).read(path).num_rows == 50_001
+
+
+def test_ids_after_a_block_of_numbers_stay_text(tmp_path):
+    path = tmp_path / "log.csv"
+    lines = "".join(f"1,{row}\n" for row in range(3_000_000))
+    path.write_text("user_id,item_id\n" + lines + "1,B0\n")
+    assert detect_format(path).read(path)["item_id"].type == pa.string()
