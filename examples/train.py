@@ -82,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--llm", default="tiny", help="tiny, or the folder or Hub id of a transformers model")
     flag("--load_in_4bit", help="load the LLM in 4 bits (NF4, double quantisation)")
     add("--lora_r", type=int, default=16, help="rank of the LoRA adapter; 0 trains the whole LLM, as tiny always does")
+    add("--llm_dropout", type=float, default=0.1, help="of soft tokens and of hidden states before the item head")
     flag("--item_text", help="titles join items in the LLM")
     add("--prompt", default=DEFAULT_PROMPT, help="text around {history}")
     add("--supervision", default="all_positions", choices=["all_positions", "last_position"], help="of the LLM")
@@ -191,6 +192,7 @@ def build_llm(options, vocabulary: ItemVocabulary, item_dim: int) -> LLMRecommen
         "prompt": options.prompt,
         "supervision": options.supervision,
         "max_length": options.max_length,
+        "dropout": options.llm_dropout,
         "item_texts": vocabulary.texts if options.item_text else None,
     }
     if options.llm == "tiny":

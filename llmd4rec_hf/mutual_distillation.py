@@ -107,8 +107,8 @@ class MutualDistillation:
     Trains a CRM and an LLM recommender against each other for several rounds.
 
     CRM warm-up, then per round: refresh of the LLM's item vectors, LLM against the CRM, CRM against the LLM,
-    evaluation of both on validation. It ends after `config.rounds`, or when a round brings neither model forward; then each
-    side's best round by validation NDCG@10 is restored and tested once.
+    evaluation of both on validation. It ends after `config.rounds`, or when a round brings neither model forward;
+    then each side's best round by validation NDCG@10 is restored and tested once.
 
     Args:
         llm ([`LLMRecommender`]): the LLM side.

@@ -23,6 +23,20 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+from transformers import set_seed  # noqa: E402
+
+from llmd4rec_hf import (  # noqa: E402
+    ItemVocabulary,
+    LLMRecommender,
+    SASRecConfig,
+    SASRecModel,
+    load_interactions,
+    split_leave_one_out,
+)
+from llmd4rec_hf.models import build_tiny_llm  # noqa: E402
+
 
 class _DeprecationRecords(logging.Handler):
     def __init__(self) -> None:
@@ -53,3 +67,57 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("there is no folder `shared` beside the repository")
     return path
+
+
+# A world small enough to train in: 12 items, 40 users, and models that learn it in a second.
+NUM_ITEMS = 12
+
+
+@pytest.fixture(scope="session")
+def small_log() -> pd.DataFrame:
+    """40 users who walk round a circle of items, with a wobble, from 4 to 9 steps."""
+    random = np.random.default_rng(7)
+    rows = []
+    for user in range(40):
+        item = int(random.integers(NUM_ITEMS))
+        for step in range(int(random.integers(4, 10))):
+            rows.append((f"u{user:02d}", f"i{item:02d}", step))
+            item = (item + int(random.choice([1, 1, 1, 2]))) % NUM_ITEMS
+    return pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
+
+
+@pytest.fixture(scope="session")
+def vocabulary(small_log) -> ItemVocabulary:
+    ids = sorted(small_log["item_id"].unique())
+    return ItemVocabulary(ids, [f"title of thing {name}" for name in ids])
+
+
+@pytest.fixture(scope="session")
+def splits(small_log, vocabulary):
+    return split_leave_one_out(load_interactions(small_log), vocabulary)
+
+
+@pytest.fixture
+def make_crm():
+    """A SASRec without dropout, so that two trainings differ only where they should."""
+
+    def make(seed: int = 0, **config) -> SASRecModel:
+        set_seed(seed)
+        settings = {"num_items": NUM_ITEMS, "hidden_size": 8, "num_layers": 1, "max_length": 6, "dropout": 0.0}
+        return SASRecModel(SASRecConfig(**{**settings, **config}))
+
+    return make
+
+
+@pytest.fixture
+def make_llm(vocabulary):
+    """A tiny LLM recommender over the same items, on vectors of width 8."""
+
+    def make(seed: int = 0, **settings) -> LLMRecommender:
+        set_seed(seed)
+        backbone, tokenizer = build_tiny_llm(vocabulary.texts, hidden_size=16, num_layers=1)
+        return LLMRecommender.from_backbone(
+            backbone, NUM_ITEMS, 8, tokenizer=tokenizer, prompt="title of {history} thing", max_length=6, **settings
+        )
+
+    return make

@@ -146,6 +146,9 @@ def distillation_loss(
         scale_by_temperature_squared=scale_by_temperature_squared,
         chunk_size=chunk_size or default_chunk_size(item_matrix.shape[0] - 1, hidden.device),
     )
+    if not torch.is_grad_enabled():
+        # Inside an autograd function gradients are always off, so it can only see whether its inputs ask for them.
+        hidden, item_matrix = hidden.detach(), item_matrix.detach()
     divisor = max(kept.numel(), 1) if num_items_in_batch is None else num_items_in_batch
     loss, cross_entropy, kl, weight_mean, agreement, student_ranks, teacher_ranks = _ChunkedLoss.apply(
         hidden, item_matrix, kept, teacher_hidden, teacher_item_matrix, divisor, settings

@@ -192,6 +192,7 @@ class LLMRecommender(RecommenderModel):
             raise ConfigurationError("Quantised weights cannot be trained: give a peft_config, e.g. LoraConfig().")
         if item_texts is not None and len(item_texts) != num_items:
             raise ConfigurationError(f"item_texts holds {len(item_texts)} texts for {num_items} items.")
+        _check_bare(backbone)
         name = backbone if isinstance(backbone, (str, os.PathLike)) else backbone.config._name_or_path
         if tokenizer is None:
             tokenizer = _load_tokenizer(name, trust_remote_code)
@@ -391,10 +392,15 @@ class LLMRecommender(RecommenderModel):
                 `AutoModel.from_pretrained` for the base.
         """
         source, hub_kwargs = str(pretrained_model_name_or_path), hub_arguments(kwargs)
-        backbone_kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
+        # `AutoModel` takes the adapter in the folder for one of its own and hands its findings on.
+        backbone_kwargs = {
+            name: value for name, value in kwargs.items() if name not in hub_kwargs and name != "adapter_kwargs"
+        }
         config = config or cls.config_class.from_pretrained(source, **hub_kwargs)
         adapter = cached_file(source, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-        if adapter is not None and backbone is None:
+        if backbone is None and adapter is None:
+            backbone = AutoModel.from_config(AutoConfig.for_model(**config.backbone_config), dtype=dtype)
+        elif backbone is None:
             name = config.backbone_name_or_path
             backbone = _load_backbone(name, dtype, quantization_config, trust_remote_code, backbone_kwargs)
         model = cls(config, backbone)
@@ -469,6 +475,16 @@ def _load_backbone(name, dtype, quantization_config, trust_remote_code: bool, ba
 def _cannot_load(what: str, name, error: Exception) -> str:
     first_line = str(error).strip().splitlines()[0]
     return f"Cannot load the {what} {str(name)!r}: give a folder or a Hub id of a transformers model ({first_line})"
+
+
+def _check_bare(backbone) -> None:
+    if isinstance(backbone, (str, os.PathLike)):
+        return
+    if not isinstance(backbone, PreTrainedModel) or backbone.base_model is not backbone:
+        raise ConfigurationError(
+            f"{type(backbone).__name__} is not a bare backbone: give a folder, a Hub id, or a loaded model without head "
+            "(its `.base_model`) and without adapter, which goes into `peft_config`."
+        )
 
 
 def _check_causal(backbone: PreTrainedModel) -> None:

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from llmd4rec_hf import (
+    CRMArguments,
+    CRMTrainer,
+    ItemVocabulary,
+    LLMRecommender,
+    MutualDistillArguments,
+    MutualDistillation,
+    MutualDistillationConfig,
+    SASRecModel,
+)
+from llmd4rec_hf.errors import ConfigurationError, RunStateError
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a process."""
+
+
+@pytest.fixture
+def make_run(make_crm, make_llm, splits, vocabulary, tmp_path):
+    """A run over two rounds, with fresh models that differ by `seed` from any before."""
+
+    def make(name: str, seed: int = 0, llm_args=None, crm_args=None, items=vocabulary, **config) -> MutualDistillation:
+        shared = {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 16}
+        llm_settings = {"num_train_epochs": 2, "learning_rate": 5e-3, **(llm_args or {})}
+        crm_settings = {"num_train_epochs": 3, "learning_rate": 1e-2, **(crm_args or {})}
+        settings = {"rounds": 2, "tolerance": -1.0, "dataset_name": "walk", **config}
+        return MutualDistillation(
+            make_llm(seed, dropout=0.1),
+            make_crm(seed, dropout=0.2),
+            splits,
+            items,
+            MutualDistillationConfig(str(tmp_path / name), **settings),
+            MutualDistillArguments("unused", **shared, **llm_settings),
+            CRMArguments("unused", **shared, **crm_settings),
+        )
+
+    return make
+
+
+def without_times(results: dict) -> dict:
+    return {key: value for key, value in results.items() if key != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def memory() -> dict:
+    """Results that several tests compare with."""
+    return {}
+
+
+@pytest.fixture
+def whole(make_run, memory, tmp_path):
+    """The results of a run that nothing interrupted, made once."""
+    if "whole" not in memory:
+        memory["folder"] = tmp_path / "whole"
+        memory["whole"] = make_run("whole").run()
+    return memory["whole"]
+
+
+def test_results_have_the_documented_shape(whole, memory):
+    assert whole == json.loads((memory["folder"] / "results.json").read_text())
+    assert set(whole) == {"dataset", "protocol", "seed", "versions", "rounds", "final", "seconds"}
+    assert [entry["round"] for entry in whole["rounds"]] == [0, 1, 2]
+    assert whole["rounds"][0]["llm"] is None
+    assert whole["rounds"][1]["crm"]["test"] is None
+    assert set(whole["rounds"][1]["distillation"]["llm"]) == {"kl", "weight_mean", "agreement"}
+    assert set(whole["final"]) == {"crm", "llm", "crm_without_distillation", "llm_without_distillation"}
+    for entry in whole["final"].values():
+        assert set(entry) == {"round", "validation", "test"}
+        assert set(entry["test"]) == {f"{m}@{k}" for m in ("hr", "ndcg", "mrr") for k in (5, 10, 20)}
+    assert whole["protocol"] == {
+        "split": "leave_one_out",
+        "seen_items": "masked",
+        "ties": "pessimistic",
+        "ranking": "full",
+    }
+    assert len(whole["seconds"]) == 1 + 2 * 2 * 2
+    assert (memory["folder"] / "report.md").is_file()
+    assert (memory["folder"] / "report.png").is_file()
+
+
+def test_each_side_keeps_its_best_round_by_validation(whole):
+    for side, key in (("crm", "crm"), ("llm", "llm"), ("crm", "crm_control"), ("llm", "llm_control")):
+        final = whole["final"][side if key == side else f"{side}_without_distillation"]
+        values = {e["round"]: e[key]["validation"]["ndcg@10"] for e in whole["rounds"] if e[key] is not None}
+        assert final["validation"]["ndcg@10"] == max(values.values())
+        assert values[final["round"]] == max(values.values())
+
+
+def test_the_two_models_on_disk_are_the_tested_ones(whole, memory, splits, tmp_path):
+    for side, model_class in (("crm", SASRecModel), ("llm", LLMRecommender)):
+        model = model_class.from_pretrained(memory["folder"] / side)
+        trainer = CRMTrainer(model, CRMArguments(str(tmp_path), use_cpu=True, disable_tqdm=True))
+        metrics = trainer.predict(splits["test"]).metrics
+        assert {name: metrics[f"test_{name}"] for name in whole["final"][side]["test"]} == pytest.approx(
+            whole["final"][side]["test"]
+        )
+        assert len(model.recommend([["i03", "i04"]], k=3).ids[0]) == 3
+
+
+def test_interrupted_after_every_phase_it_ends_with_the_same_numbers(whole, make_run, monkeypatch):
+    """Begins again with other initial weights each time: what counts is on disk."""
+    write_state = MutualDistillation._write_state
+
+    def write_and_die(run):
+        write_state(run)
+        raise Interrupted
+
+    monkeypatch.setattr(MutualDistillation, "_write_state", write_and_die)
+    deaths = 0
+    while deaths < 50:
+        try:
+            results = make_run("cut", seed=deaths).run()
+            break
+        except Interrupted:
+            deaths += 1
+    # Once for the initial state, after each of nine phases, and after the results.
+    assert deaths == 11
+    assert without_times(results) == without_times(whole)
+
+
+@pytest.mark.parametrize("phase", ["0-crm-distilled", "1-llm-distilled", "2-crm-distilled"])
+def test_interrupted_inside_a_phase_it_ends_with_the_same_numbers(whole, make_run, monkeypatch, phase):
+    """The training dies in its last epoch; the checkpoint of the epoch before is found and gone on from."""
+    training_step = CRMTrainer.training_step
+
+    def die_late(trainer, *args, **kwargs):
+        if trainer.args.output_dir.endswith(phase) and trainer.state.epoch >= trainer.args.num_train_epochs - 0.7:
+            raise Interrupted
+        return training_step(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llmd4rec_hf.training.trainer.DistillationTrainer.training_step", die_late, raising=False)
+        with pytest.raises(Interrupted):
+            make_run("cut").run()
+    assert without_times(make_run("cut", seed=5).run()) == without_times(whole)
+
+
+def test_a_finished_run_is_not_run_again(whole, make_run, memory, monkeypatch):
+    run = make_run("whole")
+    run.output_dir = memory["folder"]
+    monkeypatch.setattr(MutualDistillation, "_run_phase", None)
+    assert run.run() == whole
+
+
+def test_control_arm_has_the_same_warm_up_and_no_teacher(make_run, monkeypatch):
+    run = make_run("arms", rounds=1)
+    seen = []
+    build = run._trainer
+
+    def record(phase):
+        trainer = build(phase)
+        seen.append((phase.name, type(trainer).__name__, trainer.teacher is not None, trainer.args.seed))
+        return trainer
+
+    monkeypatch.setattr(run, "_trainer", record)
+    run.run()
+    assert seen == [
+        ("0-crm-distilled", "CRMTrainer", False, 42),
+        ("1-llm-distilled", "MutualDistillTrainer", True, 1042),
+        ("1-crm-distilled", "CRMTrainer", True, 1042),
+        ("1-llm-control", "MutualDistillTrainer", False, 1042),
+        ("1-crm-control", "CRMTrainer", False, 1042),
+    ]
+
+
+@pytest.mark.parametrize(("refresh", "same"), [("copy", False), ("off", True)])
+def test_refresh_injects_the_crms_vectors_each_round(make_run, monkeypatch, refresh, same):
+    run = make_run(f"refresh-{refresh}", refresh=refresh, controls=False)
+    tables = []
+    train = type(run)._run_phase
+
+    def record(self, phase):
+        train(self, phase)
+        if phase.side == "llm":
+            tables.append(self.models["llm"].item_vectors.clone())
+
+    monkeypatch.setattr(MutualDistillation, "_run_phase", record)
+    results = run.run()
+    assert torch.equal(tables[0], tables[1]) == same
+    assert results["final"]["crm_without_distillation"] is None
+    assert results["rounds"][1]["llm_control"] is None
+
+
+def test_it_stops_when_neither_model_gets_better(make_run):
+    still = {"learning_rate": 0.0, "num_train_epochs": 1}
+    results = make_run("still", rounds=5, tolerance=0.0, controls=False, llm_args=still, crm_args=still).run()
+    assert [entry["round"] for entry in results["rounds"]] == [0, 1, 2]
+
+
+def test_a_folder_of_another_run_is_refused(make_run):
+    make_run("taken", rounds=1, controls=False).run()
+    with pytest.raises(RunStateError, match=r"crm_args.num_train_epochs: 3 there, 4 here"):
+        make_run("taken", rounds=1, controls=False, crm_args={"num_train_epochs": 4}).run()
+
+
+def test_a_damaged_state_is_named(make_run):
+    run = make_run("damaged")
+    run.output_dir.mkdir()
+    (run.output_dir / "state.json").write_text('{"phases": ')
+    with pytest.raises(RunStateError, match="state.json is damaged"):
+        run.run()
+
+
+def test_bad_arguments_are_named(make_run, tmp_path):
+    with pytest.raises(ConfigurationError, match="rounds must be at least 1"):
+        MutualDistillationConfig(str(tmp_path), rounds=0)
+    with pytest.raises(ConfigurationError, match="refresh must be one of"):
+        MutualDistillationConfig(str(tmp_path), refresh="ema")
+    with pytest.raises(ConfigurationError, match="scores 12 items and the vocabulary holds 2"):
+        make_run("x", items=ItemVocabulary(["a", "b"]))
+    with pytest.raises(ConfigurationError, match="agree on seen_items"):
+        make_run("x", llm_args={"seen_items": "keep"})

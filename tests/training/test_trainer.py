@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from llmd4rec_hf import (
+    CRMArguments,
+    CRMTrainer,
+    ItemVocabulary,
+    SequenceCollator,
+    TeacherCache,
+    distillation_loss,
+    ranking_metrics,
+)
+from llmd4rec_hf.errors import CacheError, ConfigurationError
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    def make(name: str = "run", **settings) -> CRMArguments:
+        defaults = {
+            "use_cpu": True,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 8,
+            "disable_tqdm": True,
+            "logging_nan_inf_filter": False,
+            "save_strategy": "no",
+        }
+        return CRMArguments(str(tmp_path / name), **{**defaults, **settings})
+
+    return make
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def train(model, args, splits, teacher=None, **kwargs):
+    trainer = CRMTrainer(model, args, splits["train"], splits["validation"], teacher=teacher, **kwargs)
+    trainer.train()
+    return trainer
+
+
+def test_training_learns_the_walk(make_crm, arguments, splits):
+    args = arguments(num_train_epochs=40, learning_rate=1e-2)
+    trainer = CRMTrainer(make_crm(), args, splits["train"], splits["validation"])
+    before = trainer.evaluate()["eval_ndcg@10"]
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_ndcg@10"] > before + 0.2
+    assert after["eval_hr@5"] > 0.9
+
+
+def test_one_step_equals_the_loss_written_out(make_crm, arguments, splits):
+    """One SGD step of the trainer against the same step by hand: the loss over all positions, one after the other."""
+    student, teacher = make_crm(0), make_crm(1, hidden_size=4)
+    by_hand = copy.deepcopy(student)
+    args = arguments(
+        optim="sgd",
+        learning_rate=0.5,
+        max_steps=1,
+        per_device_train_batch_size=40,
+        max_grad_norm=0.0,
+        loss_normalization="batch",
+        temperature=1.5,
+        kl_weight=0.7,
+    )
+    train(student, args, splits, teacher)
+
+    batch = SequenceCollator(max_length=6)(splits["train"].to_list())
+    mask = batch["labels"] != -100
+    loss = distillation_loss(
+        by_hand.encode(batch["item_ids"])[mask],
+        by_hand.item_matrix(),
+        batch["labels"][mask],
+        teacher.eval().encode(batch["item_ids"])[mask].detach(),
+        teacher.item_matrix().detach(),
+        temperature=1.5,
+        kl_weight=0.7,
+    ).loss
+    loss.backward()
+    with torch.no_grad():
+        for parameter in by_hand.parameters():
+            parameter -= 0.5 * parameter.grad
+    torch.testing.assert_close(weights(student), weights(by_hand), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalization", ["dataset", "batch"])
+def test_accumulated_steps_equal_the_big_batch(make_crm, arguments, splits, normalization):
+    """38 rows in batches of 12, and in 3 accumulated batches of 4: the tail of 2 rows included."""
+    data = {**splits, "train": splits["train"].select(range(38))}
+    settings = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "loss_normalization": normalization}
+    big, small = make_crm(0), make_crm(0)
+    teacher = make_crm(1)
+    train(big, arguments("big", per_device_train_batch_size=12, **settings), data, teacher)
+    args = arguments("small", per_device_train_batch_size=4, gradient_accumulation_steps=3, **settings)
+    train(small, args, data, teacher)
+    torch.testing.assert_close(weights(small), weights(big), atol=2e-6, rtol=1e-5)
+
+
+def test_every_position_counts_the_same_with_dataset_normalization(make_crm, arguments, splits):
+    """With one fixed set of weights the epoch's summed loss is that of one batch with everything in it."""
+    settings = {"learning_rate": 0.0, "num_train_epochs": 1, "logging_steps": 1, "max_grad_norm": 0.0}
+    model = make_crm(0)
+    small = train(model, arguments("a", per_device_train_batch_size=8, **settings), splits)
+    whole = train(model, arguments("b", per_device_train_batch_size=40, **settings), splits)
+    losses = [entry["loss"] for entry in small.state.log_history if "loss" in entry]
+    assert len(losses) == 5
+    assert np.mean(losses) == pytest.approx(whole.state.log_history[0]["loss"], rel=1e-5)
+
+
+def test_teacher_gets_no_gradient_and_does_not_change(make_crm, arguments, splits):
+    teacher = make_crm(1).train()
+    before = teacher.content_hash()
+    train(make_crm(0), arguments(), splits, teacher)
+    assert teacher.content_hash() == before
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_teacher_moves_the_student(make_crm, arguments, splits):
+    alone, taught = make_crm(0), make_crm(0)
+    train(alone, arguments("alone"), splits)
+    train(taught, arguments("taught"), splits, make_crm(1))
+    assert not torch.equal(weights(alone), weights(taught))
+
+
+def test_kl_weight_zero_is_no_teacher(make_crm, arguments, splits):
+    alone, taught = make_crm(0), make_crm(0)
+    train(alone, arguments("alone"), splits)
+    train(taught, arguments("taught", kl_weight=0.0), splits, make_crm(1))
+    torch.testing.assert_close(weights(alone), weights(taught), atol=1e-6, rtol=1e-5)
+
+
+def test_cache_and_model_are_the_same_teacher(make_crm, arguments, splits, tmp_path):
+    teacher = make_crm(1)
+    cache = TeacherCache.build(teacher, splits["train"], tmp_path / "cache")
+    first, second = make_crm(0), make_crm(0)
+    train(first, arguments("model"), splits, teacher)
+    train(second, arguments("cache"), splits, cache)
+    assert torch.equal(weights(first), weights(second))
+
+
+def test_cache_of_other_data_is_refused(make_crm, arguments, splits, tmp_path):
+    cache = TeacherCache.build(make_crm(1), splits["train"].select(range(10)), tmp_path / "cache")
+    with pytest.raises(CacheError, match="data_hash"):
+        train(make_crm(0), arguments(), splits, cache)
+
+
+def test_loss_parts_are_logged(make_crm, arguments, splits):
+    trainer = train(make_crm(0), arguments(logging_steps=5, kl_weight=0.5), splits, make_crm(1))
+    entry = trainer.state.log_history[0]
+    assert entry["loss"] == pytest.approx(entry["cross_entropy"] + 0.5 * entry["kl"], rel=0.2)
+    assert 0 <= entry["weight_mean"] <= 2
+    assert 0 <= entry["agreement"] <= 1
+    alone = train(make_crm(0), arguments("alone", logging_steps=5), splits).state.log_history[0]
+    assert "cross_entropy" in alone
+    assert "kl" not in alone
+
+
+def test_evaluation_ranks_the_last_item_of_the_whole_row(make_crm, arguments, splits):
+    """Against the plainest ranking: one row at a time, scores of all items, the whole history left out."""
+    model = make_crm(3, max_length=3)
+    trainer = CRMTrainer(model, arguments(per_device_eval_batch_size=7), eval_dataset=splits["test"])
+    expected = []
+    for row in splits["test"]:
+        *history, target = row["item_ids"]
+        with torch.no_grad():
+            scores = model.eval().encode(torch.tensor([history[-3:]]))[0, -1] @ model.item_matrix().T
+        others = [item for item in range(1, 13) if item != target and item not in history]
+        expected.append(1 + sum(bool(scores[item] >= scores[target]) for item in others))
+    output = trainer.predict(splits["test"])
+    assert output.predictions.tolist() == expected
+    assert output.label_ids.tolist() == [row["item_ids"][-1] for row in splits["test"]]
+    assert trainer.evaluate()["eval_ndcg@10"] == pytest.approx(ranking_metrics(expected)["ndcg@10"])
+
+
+def test_seen_items_can_be_kept(make_crm, arguments, splits):
+    masked = CRMTrainer(make_crm(3), arguments(), eval_dataset=splits["test"]).predict(splits["test"])
+    kept = CRMTrainer(make_crm(3), arguments(seen_items="keep"), eval_dataset=splits["test"]).predict(splits["test"])
+    assert (kept.predictions >= masked.predictions).all()
+    assert (kept.predictions > masked.predictions).any()
+
+
+def test_resumed_training_equals_uninterrupted(make_crm, arguments, splits):
+    settings = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 7}
+    whole = train(make_crm(0, dropout=0.3), arguments("whole", **settings), splits, make_crm(1))
+    args = arguments("cut", **settings)
+    cut = CRMTrainer(make_crm(0, dropout=0.3), args, splits["train"], teacher=make_crm(1))
+    cut.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-7")
+    assert torch.equal(weights(whole.model), weights(cut.model))
+
+
+def test_best_model_comes_back(make_crm, arguments, splits):
+    args = arguments(
+        num_train_epochs=6,
+        learning_rate=0.05,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="ndcg@10",
+    )
+    trainer = train(make_crm(0), args, splits)
+    values = [entry["eval_ndcg@10"] for entry in trainer.state.log_history if "eval_ndcg@10" in entry]
+    assert trainer.evaluate()["eval_ndcg@10"] == pytest.approx(max(values))
+    assert trainer.evaluate()["eval_ndcg@10"] != pytest.approx(values[-1])
+
+
+def test_early_stopping(make_crm, arguments, splits):
+    settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    args = arguments(
+        num_train_epochs=50,
+        learning_rate=0.0,
+        early_stopping_patience=2,
+        metric_for_best_model="ndcg@10",
+        **settings,
+    )
+    assert train(make_crm(0), args, splits).state.epoch == 3
+
+
+def test_checkpoints_hold_the_vocabulary_and_no_pickled_weights(make_crm, arguments, splits, vocabulary):
+    model = make_crm(0)
+    model.vocabulary = vocabulary
+    args = arguments(save_strategy="epoch", num_train_epochs=1)
+    train(model, args, splits)
+    (folder,) = Path(args.output_dir).glob("checkpoint-*")
+    assert (folder / "model.safetensors").is_file()
+    assert json.loads((folder / "vocabulary.json").read_text())
+
+
+def test_other_models_and_catalogues_are_refused(make_crm, arguments, splits, vocabulary):
+    with pytest.raises(ConfigurationError, match="trains a RecommenderModel, got Linear"):
+        CRMTrainer(nn.Linear(2, 2), arguments())
+    with pytest.raises(ConfigurationError, match="The teacher scores 5 items and the student 12"):
+        CRMTrainer(make_crm(), arguments(), splits["train"], teacher=make_crm(num_items=5))
+    student, teacher = make_crm(0), make_crm(1)
+    student.vocabulary = vocabulary
+    teacher.vocabulary = ItemVocabulary([*vocabulary.item_ids[:-1], "other"])
+    with pytest.raises(ConfigurationError, match="different item vocabularies.*other"):
+        CRMTrainer(student, arguments(), splits["train"], teacher=teacher)
