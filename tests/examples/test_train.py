@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "examples" / "train.py"
+QUICK = ["--rounds", "1", "--crm_num_train_epochs", "1", "--llm_num_train_epochs", "1", "--use_cpu"]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_example", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def log_file(small_log, tmp_path) -> Path:
+    path = tmp_path / "interactions.csv"
+    small_log.to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture
+def items_file(vocabulary, tmp_path) -> Path:
+    path = tmp_path / "items.csv"
+    lines = [f"{name},{text}" for name, text in zip(vocabulary.item_ids, vocabulary.texts, strict=True)]
+    path.write_text("\n".join(["item_id,title", *lines]))
+    return path
+
+
+def test_a_log_and_a_catalogue_give_two_models_and_a_report(script, log_file, items_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = ["--dataset", str(log_file), "--items", str(items_file), "--item_text", "--output_dir", str(folder)]
+    script.main([*words, *QUICK, "--hidden_size", "16"])
+    results = json.loads((folder / "results.json").read_text())
+    assert results["dataset"]["users"] == 40
+    assert results["dataset"]["name"] == "interactions.csv"
+    assert {path.name for path in folder.iterdir()} >= {"crm", "llm", "report.md", "report.png", "results.json"}
+    assert "CRM, distilled" in capsys.readouterr().out
+    assert json.loads((folder / "crm" / "config.json").read_text())["hidden_size"] == 16
+
+
+def test_launched_twice_the_second_run_finds_everything_done(tmp_path, log_file):
+    """The README's command, as a user gives it."""
+    folder = tmp_path / "run"
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "1", str(SCRIPT)]
+    command += ["--dataset", str(log_file), "--output_dir", str(folder), *QUICK]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    for attempt in range(2):
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert result.returncode == 0, result.stderr
+        assert ("finished run" in result.stdout + result.stderr) == bool(attempt)
+        written = (folder / "results.json").read_bytes()
+        assert attempt == 0 or written == before
+        before = written
+
+
+def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "columns.csv").write_text("user_id,rating\n1,5\n")
+    (tmp_path / "short.csv").write_text("user_id,item_id,timestamp\n1,2,3\n1,3,4\n2,2,5\n")
+    (tmp_path / "good.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"1,{i},{i}\n" for i in range(9)))
+    (tmp_path / "bad.yaml").write_text("- 1\n- 2\n")
+    good = ["--dataset", str(tmp_path / "good.csv")]
+    return {
+        "wrong path": (["--dataset", str(tmp_path / "nowhere.csv")], "nowhere.csv"),
+        "empty file": (["--dataset", str(tmp_path / "empty.csv")], "empty"),
+        "missing column": (["--dataset", str(tmp_path / "columns.csv")], "item_id"),
+        "no user with three items": (["--dataset", str(tmp_path / "short.csv")], "3"),
+        "unknown LLM": ([*good, "--llm", str(tmp_path / "no-model")], "no-model"),
+        "unknown CRM": ([*good, "--crm", str(tmp_path / "no-model")], "no-model"),
+        "item text without titles": ([*good, "--item_text"], "--items"),
+        "bad temperature": ([*good, "--llm_temperature", "0"], "temperature must be positive"),
+        "prompt without history": ([*good, "--prompt", "hello"], "{history}"),
+        "bad configuration": (["--config", str(tmp_path / "bad.yaml")], "bad.yaml"),
+        "heads that do not divide": ([*good, "--rounds", "0"], "rounds must be at least 1"),
+    }
+
+
+@pytest.mark.parametrize("case", sorted(bad_inputs(Path(os.environ["HF_HOME"]))))
+def test_bad_input_is_one_clear_line_and_leaves_nothing(script, case, tmp_path, capsys):
+    words, message = bad_inputs(tmp_path)[case]
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        script.main([*words, "--output_dir", str(folder), "--use_cpu"])
+    assert stop.value.code == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error:")
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--crm_epochs", "3"], "unknown training argument --crm_epochs"),
+        (["--epochs", "3"], "unknown option --epochs"),
+        (["--push_to_hub"], "--hub_model_id"),
+        (["--format", "pickle"], "invalid choice"),
+        (["--llm_weighting", "best"], "invalid choice"),
+    ],
+)
+def test_wrong_options_are_named(script, words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--output_dir", str(tmp_path / "run"), *words])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_line_wins_over_the_file_and_numbers_are_numbers(script, tmp_path):
+    config = tmp_path / "run.yaml"
+    # YAML takes 1e-4 for a string.
+    config.write_text("rounds: 5\ncrm_learning_rate: 1e-4\nllm_bf16: false\ncontrols: false\nitem_text: true\n")
+    words = ["--config", str(config), "--output_dir", "x", "--rounds", "2", "--llm_kl_weight", "3", "--use_cpu"]
+    options, crm_args, llm_args = script.parse(words)
+    assert (options.rounds, options.controls, options.item_text) == (2, False, True)
+    assert crm_args.learning_rate == 1e-4
+    assert llm_args.kl_weight == 3.0
+    assert not llm_args.bf16
+    assert crm_args.use_cpu
+
+
+def test_the_demo_has_its_own_settings(script):
+    options, crm_args, _ = script.parse(["--output_dir", "x"])
+    assert options.dataset == "demo"
+    assert options.item_text
+    assert crm_args.early_stopping_patience is not None
+
+
+def test_a_real_language_model_learns_with_lora_on_real_data(script, shared, tmp_path):
+    folder = tmp_path / "run"
+    words = ["--dataset", str(shared / "data" / "amazon18_giftcards"), "--llm", str(shared / "models" / "stories260k")]
+    script.main([*words, "--item_text", "--output_dir", str(folder), *QUICK])
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["dataset"]["users"], results["dataset"]["items"]) == (458, 148)
+    # Six items of a hundred and forty-eight by chance.
+    assert results["final"]["llm"]["test"]["hr@10"] > 10 / 148
+    assert (folder / "llm" / "adapter_model.safetensors").is_file()
