@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint format bench clean
 
 # Any Python from 3.11: `make install PYTHON=python3.12`. The environment is made on the first call of any target,
 # and again when one of the files that name its packages has changed.
@@ -38,6 +38,9 @@ lint: $(INSTALLED) ## check style and formatting
 format: $(INSTALLED) ## mend what lint can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## run the benchmarks that need no other package, one after the other (results in benchmarks/results)
+	for script in loss; do $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
 
 clean: ## remove the environment, caches and built files; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -53,8 +53,10 @@ from llmd4rec_hf.data import describe_interactions, k_core, load_items, make_dem
 from llmd4rec_hf.data.formats import format_names  # noqa: E402
 from llmd4rec_hf.errors import ConfigurationError, LLMD4RecError  # noqa: E402
 from llmd4rec_hf.evaluation.report import summary_table  # noqa: E402
+from llmd4rec_hf.hub import push_run  # noqa: E402
 from llmd4rec_hf.models import build_tiny_llm  # noqa: E402
-from llmd4rec_hf.models.llm_recommender import DEFAULT_PROMPT  # noqa: E402
+from llmd4rec_hf.models.prompt import DEFAULT_PROMPT  # noqa: E402
+from llmd4rec_hf.mutual_distillation import FRESH_STUDENTS  # noqa: E402
 
 
 SIDES = {"crm": CRMArguments, "llm": MutualDistillArguments}
@@ -89,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=3, help="most rounds")
     flag("--controls", default=True, help="also train without distillation")
     add("--refresh", default="copy", choices=["copy", "off"], help="the LLM's item vectors at every round")
+    add("--fresh_students", default="none", choices=list(FRESH_STUDENTS), help="who starts anew in every round")
     add("--output_dir", required=True, help="where the run lives")
     add("--seed", type=int, default=42)
     flag("--use_cpu", help="even if there is an accelerator")
@@ -229,6 +232,7 @@ def run(argv: list[str], console: Console) -> dict:
         rounds=options.rounds,
         controls=options.controls,
         refresh=options.refresh,
+        fresh_students=options.fresh_students,
         seed=options.seed,
         dataset_name=Path(options.dataset).name,
         dataset_facts=facts,
@@ -238,18 +242,9 @@ def run(argv: list[str], console: Console) -> dict:
         console.print(summary_table(results))
         console.print(f"Models, results.json, report.md and report.png are in {options.output_dir}")
         if options.push_to_hub:
-            push(options)
+            repositories = push_run(options.output_dir, options.hub_model_id)
+            console.print(f"Pushed to {' and '.join(repositories)}")
     return results
-
-
-def push(options) -> None:
-    """Push both models, as they are in the output folder, with the item vocabulary beside them."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    for side in SIDES:
-        repository = api.create_repo(f"{options.hub_model_id}-{side}", exist_ok=True).repo_id
-        api.upload_folder(repo_id=repository, folder_path=Path(options.output_dir) / side)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -257,6 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    # Bars for files that are written in a moment would drown those of the training.
+    transformers.utils.logging.disable_progress_bar()
     console = Console()
     try:
         run(sys.argv[1:] if argv is None else argv, console)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The errors a user can mend. Each message says what was wrong, where, and what to do."""
+
 from __future__ import annotations
 
 

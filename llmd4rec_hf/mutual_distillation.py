@@ -43,6 +43,7 @@ STATE_VERSION = 1
 METRIC = "ndcg@10"
 DISTILLED, CONTROL = "distilled", "control"
 REFRESH_MODES = ("copy", "off")
+FRESH_STUDENTS = {"none": (), "llm": ("llm",), "crm": ("crm",), "both": ("llm", "crm")}
 # Arguments that say where and how a run goes on, not what comes out of it: with others it is still the same run.
 _NOT_IDENTITY = {"output_dir", "logging_dir", "disable_tqdm", "report_to", "log_level", "run_name", "project"}
 
@@ -59,6 +60,9 @@ class MutualDistillationConfig:
             same phases, so that every gain has something to be measured against. Doubles the cost.
         refresh (`str`, *optional*, defaults to `"copy"`): inject the CRM's item vectors into the LLM at every round
             (`"copy"`), or at the first alone (`"off"`, the paper's ablation).
+        fresh_students (`str`, *optional*, defaults to `"none"`): which side begins every round with its initial
+            weights instead of those of its last round: `"none"` (the paper's), `"llm"`, `"crm"` or `"both"`. A large
+            student that has overfitted once learns more from a better teacher when it begins anew.
         tolerance (`float`, *optional*, defaults to 0.0): stop when, in a round, neither model's best validation
             NDCG@10 rose by more than this.
         seed (`int`, *optional*, defaults to 42): of the run; each round derives its own.
@@ -70,6 +74,7 @@ class MutualDistillationConfig:
     rounds: int = 3
     controls: bool = True
     refresh: str = "copy"
+    fresh_students: str = "none"
     tolerance: float = 0.0
     seed: int = 42
     dataset_name: str = ""
@@ -80,6 +85,10 @@ class MutualDistillationConfig:
             raise ConfigurationError(f"rounds must be at least 1, got {self.rounds}.")
         if self.refresh not in REFRESH_MODES:
             raise ConfigurationError(f"refresh must be one of {', '.join(REFRESH_MODES)}, got {self.refresh!r}.")
+        if self.fresh_students not in FRESH_STUDENTS:
+            raise ConfigurationError(
+                f"fresh_students must be one of {', '.join(FRESH_STUDENTS)}, got {self.fresh_students!r}."
+            )
 
 
 @dataclass(frozen=True)
@@ -235,8 +244,9 @@ class MutualDistillation:
         )
 
     def _start_of(self, phase: _Phase) -> Path:
-        """Where a phase's student starts: its own last round, in the same arm."""
-        if phase.round == 0 or (phase.side == "llm" and phase.round == 1):
+        """Where a phase's student starts: its own last round, in the same arm, or its initial weights."""
+        has_no_round_before = phase.round == 0 or (phase.side == "llm" and phase.round == 1)
+        if has_no_round_before or phase.side in FRESH_STUDENTS[self.config.fresh_students]:
             return self.output_dir / "phases" / f"initial-{phase.side}"
         return self._model_folder(phase.side, phase.round - 1, phase.arm)
 

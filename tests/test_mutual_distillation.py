@@ -17,6 +17,7 @@ from llmd4rec_hf import (
     SASRecModel,
 )
 from llmd4rec_hf.errors import ConfigurationError, RunStateError
+from llmd4rec_hf.mutual_distillation import _Phase
 
 
 class Interrupted(Exception):
@@ -189,6 +190,22 @@ def test_refresh_injects_the_crms_vectors_each_round(make_run, monkeypatch, refr
     assert results["rounds"][1]["llm_control"] is None
 
 
+@pytest.mark.parametrize(
+    ("fresh", "llm", "crm"),
+    [
+        ("none", "1-llm-distilled/model", "1-crm-distilled/model"),
+        ("llm", "initial-llm", "1-crm-distilled/model"),
+        ("both", "initial-llm", "initial-crm"),
+    ],
+)
+def test_a_fresh_student_begins_each_round_with_its_initial_weights(make_run, fresh, llm, crm):
+    run = make_run("fresh", fresh_students=fresh)
+    phases = run.output_dir / "phases"
+    assert run._start_of(_Phase("llm", 2, "distilled")) == phases / llm
+    assert run._start_of(_Phase("crm", 2, "distilled")) == phases / crm
+    assert run._start_of(_Phase("crm", 0, "distilled")) == phases / "initial-crm"
+
+
 def test_it_stops_when_neither_model_gets_better(make_run):
     still = {"learning_rate": 0.0, "num_train_epochs": 1}
     results = make_run("still", rounds=5, tolerance=0.0, controls=False, llm_args=still, crm_args=still).run()
@@ -214,6 +231,8 @@ def test_bad_arguments_are_named(make_run, tmp_path):
         MutualDistillationConfig(str(tmp_path), rounds=0)
     with pytest.raises(ConfigurationError, match="refresh must be one of"):
         MutualDistillationConfig(str(tmp_path), refresh="ema")
+    with pytest.raises(ConfigurationError, match="fresh_students must be one of"):
+        MutualDistillationConfig(str(tmp_path), fresh_students="all")
     with pytest.raises(ConfigurationError, match="scores 12 items and the vocabulary holds 2"):
         make_run("x", items=ItemVocabulary(["a", "b"]))
     with pytest.raises(ConfigurationError, match="agree on seen_items"):

@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.fingerprint import generate_random_fingerprint
 from datasets.table import InMemoryTable
 
 from ..errors import DataError
+
+
+logger = logging.getLogger(__name__)
 
 
 def to_table(dataset: datasets.Dataset) -> pa.Table:
@@ -90,8 +95,26 @@ def id_array(values: Any, where: str) -> tuple[pa.ChunkedArray, bool]:
 
 
 def as_texts(values: Any) -> list[str | None]:
-    """Each value as text; `None` and NaN stay missing."""
-    return [None if value is None or value != value else str(value) for value in values]
+    """Each value as text, lists joined by commas; `None` and NaN stay missing."""
+    return [_as_text(value) for value in values]
+
+
+def _as_text(value: Any) -> str | None:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return None if value is None or value != value else str(value)
+
+
+def from_pandas(frame: pd.DataFrame) -> pa.Table:
+    """The columns of `frame`; one that mixes types becomes text."""
+    columns = []
+    for name, values in frame.items():
+        try:
+            columns.append(pa.chunked_array([pa.array(values, from_pandas=True)]))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+            logger.warning("column %r mixes types: its values are turned to strings", name)
+            columns.append(pa.chunked_array([pa.array(as_texts(values), pa.string())]))
+    return pa.table(columns, names=[str(name) for name in frame.columns])
 
 
 def same_type(first: pa.ChunkedArray, second: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
@@ -103,9 +126,34 @@ def same_type(first: pa.ChunkedArray, second: pa.ChunkedArray) -> tuple[pa.Chunk
 
 def sorted_codes(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
     """Codes (`int32`, one per row) into the sorted distinct values, and those values."""
+    if len(column) > 1:
+        # Users come sorted from load_interactions(): then the runs are the answer, without a table of hashes.
+        changes = pc.not_equal(column[1:], column[:-1])
+        starts = np.concatenate([[0], np.flatnonzero(np.asarray(changes)) + 1])
+        values = column.take(pa.array(starts)).combine_chunks()
+        if len(values) < 2 or pc.all(pc.greater(values[1:], values[:-1])).as_py():
+            lengths = np.diff(starts, append=len(column))
+            return np.repeat(np.arange(len(values), dtype=np.int32), lengths), values
+        del changes, starts
+    if pa.types.is_integer(column.type):
+        return _integer_codes(column.to_numpy())
     values = pc.unique(column)
     values = values.take(pc.sort_indices(values))
     return pc.index_in(column, value_set=values).to_numpy(), values
+
+
+def _integer_codes(numbers: np.ndarray) -> tuple[np.ndarray, pa.Array]:
+    low, high = (int(numbers.min()), int(numbers.max())) if len(numbers) else (0, 0)
+    if high - low <= 4 * len(numbers) + 1000:  # a table with a place for every number is faster than hashing
+        present = np.zeros(high - low + 1, bool)
+        present[numbers - low] = True
+        place = np.cumsum(present, dtype=np.int32) - 1
+        return place[numbers - low], pa.array(np.flatnonzero(present) + low)
+    codes, values = pd.factorize(numbers)
+    order = np.argsort(values)
+    place = np.empty(len(values), np.int32)
+    place[order] = np.arange(len(values), dtype=np.int32)
+    return place[codes], pa.array(values[order])
 
 
 def is_string(kind: pa.DataType) -> bool:

@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from ..errors import ConfigurationError
 from .arrow import to_dataset
-from .interactions import load_interactions, load_items
+from .interactions import load_interactions
+from .items import load_items
 
 
 # Department -> category -> kinds of product.

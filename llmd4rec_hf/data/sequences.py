@@ -54,11 +54,8 @@ def split_leave_one_out(
         raise DataError(f"no user has {min_length} interactions; lower k_core or check the log")
     if not kept.all():
         logger.warning("%d of %d users left out: fewer than %d items", (~kept).sum(), len(kept), min_length)
-    row_ids = np.cumsum(kept) - 1
     ends = {"train": lengths - 2, "validation": lengths - 1, "test": lengths}
-    return datasets.DatasetDict(
-        {name: _rows(users, row_ids, user, items, np.where(kept, end, 0)) for name, end in ends.items()}
-    )
+    return _splits(users, user, items, {name: np.where(kept, end, 0) for name, end in ends.items()})
 
 
 def split_by_time(
@@ -116,13 +113,56 @@ def split_by_time(
     validation = np.where((before_first > 0) & (before_second > before_first), before_first + 1, 0)
     test = np.where((before_second > 0) & (all_counts > before_second), before_second + 1, 0)
     ends = {"train": before_first, "validation": validation, "test": test}
-    row_ids = np.cumsum(np.maximum.reduce(list(ends.values())) >= 2) - 1
-    splits = {name: _rows(users, row_ids, user, items, end) for name, end in ends.items()}
+    splits = _splits(users, user, items, ends)
     for name, split in splits.items():
         if len(split) == 0:
             raise DataError(f"no user falls into {name} with validation at {first} and test at {second}; move them")
     logger.info("validation from %s, test from %s: %s rows", first, second, {k: len(v) for k, v in splits.items()})
-    return datasets.DatasetDict(splits)
+    return splits
+
+
+def split_by_ratio(
+    interactions: datasets.Dataset,
+    vocabulary: ItemVocabulary,
+    *,
+    validation_ratio: float = 0.1,
+    test_ratio: float = 0.1,
+) -> datasets.DatasetDict:
+    """
+    Leaves the last share of each user's items for the test, and the share before for validation.
+
+    Train holds what comes before both shares. A validation row is that and, as its target, the first item of the
+    validation share; a test row is everything before the test share and its first item. One target per user keeps
+    users equal in the metrics.
+
+    Args:
+        interactions (`datasets.Dataset`):
+            What [`load_interactions`] returns.
+        vocabulary ([`ItemVocabulary`]):
+            Gives the internal ids; must know every item of the log.
+        validation_ratio, test_ratio (`float`, *optional*, defaults to 0.1):
+            The shares; each is one item at least.
+
+    Returns:
+        `datasets.DatasetDict`: The columns of [`split_leave_one_out`]; users with fewer than three items are left out.
+
+    Raises:
+        `DataError`: The shares leave nothing for training, an item is unknown, or no user has three items.
+    """
+    if min(validation_ratio, test_ratio) < 0 or validation_ratio + test_ratio >= 1:
+        raise DataError(f"ratios {validation_ratio} and {test_ratio}; they must be 0 or more and leave some for train")
+    _, user, users, items = _sorted_items(interactions, vocabulary)
+    lengths = np.bincount(user, minlength=len(users))
+    kept = lengths >= 3
+    if not kept.any():
+        raise DataError("no user has 3 interactions; lower k_core or check the log")
+    test_share, validation_share = (
+        np.maximum(np.floor(lengths * ratio + 0.5).astype(np.int64), 1) for ratio in (test_ratio, validation_ratio)
+    )
+    before_test = np.maximum(lengths - test_share, 2)
+    before_validation = np.maximum(before_test - validation_share, 1)
+    ends = {"train": before_validation, "validation": before_validation + 1, "test": before_test + 1}
+    return _splits(users, user, items, {name: np.where(kept, end, 0) for name, end in ends.items()})
 
 
 def data_hash(dataset: datasets.Dataset) -> str:
@@ -148,6 +188,18 @@ def _sorted_items(
     """The sorted log, each row's user index, the users, and each row's internal item id (`int32`)."""
     table, user, users = sort_log(log_table(interactions))
     return table, user, users, vocabulary.encode(table["item_id"]).astype(np.int32)
+
+
+def _splits(users: pa.Array, user: np.ndarray, items: np.ndarray, ends: dict[str, np.ndarray]) -> datasets.DatasetDict:
+    """Rows with the first `ends[split][u]` items of user `u`; no split may hold what a later one asks for."""
+    order = ["train", "validation", "test"]
+    for earlier, later in (order[:2], order[1:], order[::2]):
+        # The last item of a row is its target, so a row with a target is longer than any row it must not be seen in.
+        leaks = (ends[earlier] >= ends[later]) & (ends[earlier] >= 2) & (ends[later] >= 2)
+        if leaks.any():
+            raise DataError(f"{int(leaks.sum())} targets of {later} lie in {earlier}; this is a bug, please report it")
+    row_ids = np.cumsum(np.maximum.reduce(list(ends.values())) >= 2) - 1
+    return datasets.DatasetDict({name: _rows(users, row_ids, user, items, ends[name]) for name in order})
 
 
 def _rows(

@@ -9,6 +9,7 @@ for the student's hidden states and item matrix. The backward pass only scales t
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,7 @@ class _Settings:
     rank_base: int
     scale_by_temperature_squared: bool
     chunk_size: int
+    matmul_dtype: torch.dtype
 
     @property
     def kl_scale(self) -> float:
@@ -90,9 +92,11 @@ def distillation_loss(
     $$L = \frac{1}{n} \sum_i \mathrm{CE}_i + \lambda\, T^2\, w_i\, \mathrm{KL}\left(\mathrm{softmax}(t_i / T)\,\|\,
     \mathrm{softmax}(s_i / T)\right)$$
 
-    The padding item (row 0 of both matrices) is outside both distributions. Scores, losses, ranks and sums are in
-    float32 whatever the inputs are; gradients come back in the inputs' dtypes. Memory beyond inputs and gradients is a
-    few buffers of `chunk_size x N` floats.
+    The padding item (row 0 of both matrices) is outside both distributions. Softmaxes, losses, ranks and sums are in
+    float32 whatever the inputs are; gradients come back in the inputs' dtypes. Matrix products are in float32 too,
+    except under autocast (`--bf16`), where they are in its dtype and the gradients' relative error stays below 1e-2;
+    the true item's own score is computed in float32 even then. Memory beyond inputs and gradients is a few buffers of
+    `chunk_size x N` floats.
 
     Args:
         hidden (`torch.Tensor` of shape `(P, d)`):
@@ -145,6 +149,7 @@ def distillation_loss(
         rank_base=rank_base,
         scale_by_temperature_squared=scale_by_temperature_squared,
         chunk_size=chunk_size or default_chunk_size(item_matrix.shape[0] - 1, hidden.device),
+        matmul_dtype=_autocast_dtype(hidden.device.type),
     )
     if not torch.is_grad_enabled():
         # Inside an autograd function gradients are always off, so it can only see whether its inputs ask for them.
@@ -176,7 +181,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, item_matrix, labels, teacher_hidden, teacher_item_matrix, divisor, settings):
         need_gradients = hidden.requires_grad or item_matrix.requires_grad
-        # Autocast would turn the matrix products below into half precision, and with them the ranks.
+        # What is in half precision below is so by choice.
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             sums, ranks, gradients = _run_chunks(
                 hidden, item_matrix, labels, teacher_hidden, teacher_item_matrix, settings, need_gradients
@@ -208,30 +213,30 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def _run_chunks(hidden, item_matrix, labels, teacher_hidden, teacher_item_matrix, settings, need_gradients):
     """Sums of the losses over all positions, both ranks per position, and the gradients of the summed loss."""
-    items = item_matrix[1:].detach().float()
-    hidden = hidden.detach().float()
-    teacher_items = None if teacher_hidden is None else teacher_item_matrix[1:].detach().float()
-    positions, num_items = hidden.shape[0], items.shape[0]
+    side = _Side(hidden, item_matrix, settings.matmul_dtype)
+    teacher_side = (
+        None if teacher_hidden is None else _Side(teacher_hidden, teacher_item_matrix, settings.matmul_dtype)
+    )
+    positions, num_items = hidden.shape[0], item_matrix.shape[0] - 1
     rows = max(1, min(settings.chunk_size, positions))
-    buffers = [hidden.new_empty(rows, num_items) for _ in range(2 if teacher_hidden is None else 4)]
-    sums = {name: hidden.new_zeros(()) for name in ("cross_entropy", "kl", "weight", "agreement")}
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
+    buffers = [empty(rows, num_items) for _ in range(2 if teacher_side is None else 4)]
+    sums = {name: empty(()).zero_() for name in ("cross_entropy", "kl", "weight", "agreement")}
     ranks = [labels.new_zeros(positions) for _ in range(2)]
-    gradients = None
-    if need_gradients:
-        gradients = torch.empty_like(hidden), torch.zeros_like(item_matrix, dtype=torch.float32)
+    gradients = (empty(hidden.shape), empty(item_matrix.shape).zero_()) if need_gradients else None
     for start in range(0, positions, rows):
         part = slice(start, min(start + rows, positions))
         size = part.stop - start
         targets = (labels[part] - 1).unsqueeze(1)
         scores, work, *teacher_buffers = (buffer[:size] for buffer in buffers)
-        torch.mm(hidden[part], items.T, out=scores)
-        student = _TargetStatistics.of(scores, targets)
+        side.score(part, targets, out=scores)
+        student = _TargetStatistics.of(scores, targets, work)
         ranks[0][part] = student.ranks
         gradient = None
-        if teacher_hidden is not None:
+        if teacher_side is not None:
             teacher_scores, teacher_work = teacher_buffers
-            torch.mm(teacher_hidden[part].detach().float(), teacher_items.T, out=teacher_scores)
-            teacher = _TargetStatistics.of(teacher_scores, targets)
+            teacher_side.score(part, targets, out=teacher_scores)
+            teacher = _TargetStatistics.of(teacher_scores, targets, teacher_work)
             ranks[1][part] = teacher.ranks
             gradient = _add_kl(scores, student, teacher_scores, teacher, work, teacher_work, sums, settings)
         # The plain softmax comes last: with a teacher its buffer still holds the softened one until here.
@@ -240,9 +245,37 @@ def _run_chunks(hidden, item_matrix, labels, teacher_hidden, teacher_item_matrix
         if need_gradients:
             gradient = probabilities if gradient is None else gradient.add_(probabilities)
             gradient.scatter_add_(1, targets, gradient.new_full((size, 1), -1.0))
-            torch.mm(gradient, items, out=gradients[0][part])
-            gradients[1][1:].addmm_(gradient.T, hidden[part])
+            side.add_gradients(part, gradient, gradients)
     return sums, ranks, gradients
+
+
+class _Side:
+    """One model's hidden states and items (without padding), in the dtype of the matrix products."""
+
+    def __init__(self, hidden: torch.Tensor, item_matrix: torch.Tensor, dtype: torch.dtype):
+        self.exact_hidden, self.exact_items = hidden.detach(), item_matrix[1:].detach()
+        self.hidden, self.items = self.exact_hidden.to(dtype), self.exact_items.to(dtype)
+
+    def score(self, part: slice, targets: torch.Tensor, out: torch.Tensor) -> None:
+        """Scores of a chunk in float32."""
+        if self.hidden.dtype == torch.float32:
+            torch.mm(self.hidden[part], self.items.T, out=out)
+            return
+        out.copy_(torch.mm(self.hidden[part], self.items.T))
+        # Rounded, the true item would tie with many others: both its loss and its rank want its score exact.
+        own = self.exact_items[targets.squeeze(1)].float()
+        out.scatter_(1, targets, torch.linalg.vecdot(self.exact_hidden[part].float(), own).unsqueeze(1))
+
+    def add_gradients(self, part: slice, gradient: torch.Tensor, gradients: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """From the gradient of a chunk's scores to those of hidden states and item matrix, in float32."""
+        grad_hidden, grad_items = gradients
+        if self.hidden.dtype == torch.float32:
+            torch.mm(gradient, self.items, out=grad_hidden[part])
+            grad_items[1:].addmm_(gradient.T, self.hidden[part])
+        else:
+            gradient = gradient.to(self.hidden.dtype)
+            grad_hidden[part] = torch.mm(gradient, self.items)
+            grad_items[1:] += torch.mm(gradient.T, self.hidden[part])
 
 
 def _add_kl(scores, student, teacher_scores, teacher, work, teacher_work, sums, settings):
@@ -264,9 +297,8 @@ def _add_kl(scores, student, teacher_scores, teacher, work, teacher_work, sums, 
     weights = _sample_weights(student, student_lse, teacher, teacher_lse, settings)
     sums["kl"] += settings.kl_scale * (weights * kl).sum()
     sums["weight"] += weights.sum()
+    sums["agreement"] += torch.minimum(student_probabilities, teacher_probabilities, out=teacher_scores).sum()
     gradient = torch.sub(student_probabilities, teacher_probabilities, out=teacher_work)
-    # sum_i min(p_i, q_i) = 1 - |p - q|_1 / 2
-    sums["agreement"] += (1 - torch.linalg.vector_norm(gradient, ord=1, dim=1) / 2).sum()
     return gradient.mul_((settings.kl_weight * settings.kl_scale / temperature * weights).unsqueeze(1))
 
 
@@ -279,14 +311,21 @@ class _TargetStatistics:
     ranks: torch.Tensor
 
     @classmethod
-    def of(cls, scores: torch.Tensor, targets: torch.Tensor) -> _TargetStatistics:
+    def of(cls, scores: torch.Tensor, targets: torch.Tensor, buffer: torch.Tensor) -> _TargetStatistics:
         target_scores = scores.gather(1, targets)
-        # Counting "at least as good" counts the target itself once and every tie against it.
-        return cls(target_scores.squeeze(1), scores.amax(dim=1), (scores >= target_scores).sum(dim=1))
+        # Counting "at least as good" counts the target itself once and every tie against it. Floats are compared and
+        # added up six times faster than booleans, and whole numbers exactly up to 2**24.
+        exact = torch.float32 if scores.shape[1] < 2**24 else torch.float64
+        ranks = torch.ge(scores, target_scores, out=buffer).sum(dim=1, dtype=exact).long()
+        return cls(target_scores.squeeze(1), scores.amax(dim=1), ranks)
 
     def log_sum_exp(self, probabilities: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         """The softmax's normaliser, read off the largest probability, which is `exp(max - lse)` and cannot vanish."""
         return self.maxima / temperature - probabilities.amax(dim=1).log()
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype:
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else torch.float32
 
 
 def _sample_weights(student, student_lse, teacher, teacher_lse, settings):

@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers.utils import logging
+from tqdm.auto import tqdm
 
 from ..data import SequenceCollator, data_hash
 from ..errors import CacheError
@@ -101,7 +101,7 @@ class TeacherCache:
         shards = _write_shards(teacher, dataset, partial, collator, batch_size, state)
         state.wait_for_everyone()
         if state.is_main_process:
-            _write_manifest(teacher, dataset, partial, shards)
+            _write_manifest(teacher, dataset, partial, shards, collator.max_length)
             shutil.rmtree(directory, ignore_errors=True)
             os.replace(partial, directory)
         state.wait_for_everyone()
@@ -111,10 +111,11 @@ class TeacherCache:
     def for_teacher(cls, teacher, dataset: Dataset, directory: str | os.PathLike, **build_arguments) -> TeacherCache:
         """The cache in `directory` if it is whole and of this very teacher and data, else one built anew."""
         state = PartialState()
+        max_length = build_arguments.get("max_length") or teacher.config.max_length
         try:
             cache = cls(directory)
             cache.check(dataset=dataset, teacher=teacher)
-            usable = True
+            usable = cache.manifest.get("max_length") == max_length
         except CacheError:
             usable = False
         # One process that cannot read it is enough to build it again, and all must agree: building is collective.
@@ -163,10 +164,7 @@ class TeacherCache:
         rows, columns = (labels != -100).nonzero().T.cpu().numpy()
         lengths = attention_mask.sum(dim=1).cpu().numpy()
         ids = row_id.cpu().numpy()
-        if ids.size and (ids.min() < 0 or ids.max() >= len(self._offsets) - 1):
-            raise CacheError(
-                f"Row {ids.max()} is not in the teacher cache {self.directory}: it was built for another data set."
-            )
+        self._check_rows(ids)
         from_end = (lengths[rows] - columns).astype(np.int64)
         starts, ends = self._offsets[ids[rows]], self._offsets[ids[rows] + 1]
         index = ends - from_end
@@ -177,6 +175,15 @@ class TeacherCache:
                 "of at least the student's."
             )
         return torch.from_numpy(self._gather(index)).to(labels.device)
+
+    def _check_rows(self, ids: np.ndarray) -> None:
+        held = (ids >= 0) & (ids < len(self._offsets) - 1)
+        # Ids between those of the data set own no position.
+        held[held] = self._offsets[ids[held] + 1] > self._offsets[ids[held]]
+        if not held.all():
+            raise CacheError(
+                f"Row {ids[~held][0]} is not in the teacher cache {self.directory}: it was built for another data set."
+            )
 
     def _gather(self, index: np.ndarray) -> np.ndarray:
         if len(self._shards) == 1:
@@ -224,7 +231,7 @@ def _fill_shard(shard, starts, teacher, dataset, order, collator, batch_size: in
     was_training = teacher.training
     teacher.eval()
     columns = dataset.select_columns(["item_ids", "row_id"])
-    for begin in logging.tqdm(range(0, len(order), batch_size), desc="Caching the teacher", leave=False):
+    for begin in tqdm(range(0, len(order), batch_size), desc="Caching the teacher", leave=False):
         batch = collator(columns.__getitems__(order[begin : begin + batch_size].tolist()))
         device = teacher.device
         hidden = teacher.encode(batch["item_ids"].to(device), batch["attention_mask"].to(device))
@@ -235,7 +242,7 @@ def _fill_shard(shard, starts, teacher, dataset, order, collator, batch_size: in
 
 
 @torch.no_grad()
-def _write_manifest(teacher, dataset, directory: Path, shards: list[str]) -> None:
+def _write_manifest(teacher, dataset, directory: Path, shards: list[str], max_length: int) -> None:
     item_matrix = teacher.item_matrix().float().cpu().contiguous()
     save_file({"item_matrix": item_matrix}, directory / ITEM_MATRIX_NAME)
     sizes = [len(np.load(directory / name, mmap_mode="r", allow_pickle=False)) for name in shards]
@@ -243,6 +250,7 @@ def _write_manifest(teacher, dataset, directory: Path, shards: list[str]) -> Non
         "format_version": FORMAT_VERSION,
         "num_items": item_matrix.shape[0] - 1,
         "hidden_size": item_matrix.shape[1],
+        "max_length": max_length,
         "positions": sum(sizes),
         "data_hash": data_hash(dataset),
         "teacher_hash": teacher.content_hash(),

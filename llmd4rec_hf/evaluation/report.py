@@ -96,7 +96,7 @@ def markdown_report(results: dict) -> str:
     """The text of `report.md`: what was run, on which data, by which protocol, and what came out."""
     dataset = results["dataset"]
     sections = [
-        f"# LLMD4Rec on {_cell(dataset['name'])}",
+        f"# LLMD4Rec on {cell(dataset['name'])}",
         f"Mutual distillation between a conventional recommender (CRM) and a language model (LLM): "
         f"{_count(results['rounds'][-1]['round'], 'round')} after the CRM's warm-up (round 0), "
         f"seed {results['seed']}.",
@@ -113,11 +113,11 @@ def markdown_report(results: dict) -> str:
         sections += ["## Distillation by round", _distillation_table(results)]
     sections += [
         "## Data",
-        _markdown_table(("", ""), [(label, _cell(value)) for label, value in _dataset_rows(dataset)]),
+        markdown_table(("", ""), [(label, cell(value)) for label, value in _dataset_rows(dataset)]),
         "## Time",
-        _markdown_table(("phase", "seconds"), _seconds_rows(results["seconds"])),
+        markdown_table(("phase", "seconds"), _seconds_rows(results["seconds"])),
         "## Versions",
-        _markdown_table(("package", "version"), [(name, str(value)) for name, value in results["versions"].items()]),
+        markdown_table(("package", "version"), [(name, str(value)) for name, value in results["versions"].items()]),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -176,6 +176,17 @@ def percent(share: float | None) -> str:
     return _DASH if share is None else f"{100 * share:+.1f} %"
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of texts: the first column to the left, the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(value: object) -> str:
+    """Text that cannot break out of its table cell or heading."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
 def _test_table(results: dict) -> str:
     columns = [(f"{metric}@{k}", f"{name}@{k}") for k in cut_offs(results) for metric, name in _METRICS]
     rows = []
@@ -186,7 +197,7 @@ def _test_table(results: dict) -> str:
             model = key.removesuffix(_CONTROL_SUFFIX)
             gains = [percent(relative_gain(results, model, metric)) for metric, _ in columns]
             rows.append((f"*{model.upper()}, gain*", "", *gains))
-    return _markdown_table(("model", "round", *(header for _, header in columns)), rows)
+    return markdown_table(("model", "round", *(header for _, header in columns)), rows)
 
 
 def _validation_table(results: dict) -> str:
@@ -196,7 +207,7 @@ def _validation_table(results: dict) -> str:
     ]
     values = [[number(value) for value in round_metrics(results, key, metric)] for key, metric, _ in columns]
     rows = [(str(entry["round"]), *row) for entry, *row in zip(results["rounds"], *values, strict=True)]
-    return _markdown_table(("round", *(header for *_, header in columns)), rows)
+    return markdown_table(("round", *(header for *_, header in columns)), rows)
 
 
 def _distillation_table(results: dict) -> str:
@@ -208,7 +219,7 @@ def _distillation_table(results: dict) -> str:
     ]
     values = [[number(value) for value in round_distillation(results, *column[:2])] for column in columns]
     rows = [(str(entry["round"]), *row) for entry, *row in zip(results["rounds"], *values, strict=True)]
-    return _markdown_table(("round", *(header for *_, header in columns)), rows)
+    return markdown_table(("round", *(header for *_, header in columns)), rows)
 
 
 def _dataset_rows(dataset: dict) -> Iterable[tuple[str, str]]:
@@ -234,13 +245,8 @@ def _dataset_rows(dataset: dict) -> Iterable[tuple[str, str]]:
 
 
 def _seconds_rows(seconds: dict[str, float]) -> list[tuple[str, str]]:
-    rows = [(_cell(phase), f"{value:,.1f}") for phase, value in seconds.items()]
+    rows = [(cell(phase), f"{value:,.1f}") for phase, value in seconds.items()]
     return [*rows, ("**all**", f"**{sum(seconds.values()):,.1f}**")]
-
-
-def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _all_entries(results: dict) -> list[dict | None]:
@@ -263,11 +269,6 @@ def _final_round(results: dict, key: str) -> str:
 
 def _count(value: int, noun: str) -> str:
     return f"{value} {noun}" if value == 1 else f"{value} {noun}s"
-
-
-def _cell(value: object) -> str:
-    """Text that cannot break out of its table cell or heading."""
-    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _write_then_replace(path: Path, write: Callable[[Path], object]) -> None:

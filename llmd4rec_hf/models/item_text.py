@@ -1,22 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Item titles as frozen features: each is encoded once by the backbone."""
+"""Item titles as frozen features: each is encoded once by the backbone, and kept on disk if wished."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .recommender import hash_tensors
 
 
 MAX_TITLE_TOKENS = 64
 _TITLES_PER_BATCH = 256
+# How much more alike a title must be, in cosine, to count e times as much for a cold item.
+_LIKENESS_TEMPERATURE = 0.05
+_COLD_ITEMS_PER_CHUNK = 256
 
 
 @torch.no_grad()
-def encode_texts(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
+def encode_texts(
+    backbone: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    cache_directory: str | os.PathLike | None = None,
+) -> torch.Tensor:
     """
     One feature vector per text: the mean of the backbone's last states over its tokens, standardised per dimension
     over the texts (states of language models share a large common part that would hide what tells titles apart).
@@ -25,41 +40,132 @@ def encode_texts(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         backbone ([`~transformers.PreTrainedModel`]): the language model, without adapter.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
         texts (`Sequence[str]`): N texts; each is cut after 64 tokens.
+        cache_directory (`str`, *optional*): where the result is kept, under a name that is a hash of the backbone's
+            weights, the tokenizer and the texts: what is found there needs no check.
 
     Returns:
         `torch.Tensor` of shape `(N, width)`, float32, on the backbone's device.
     """
-    encoder = _text_encoder(backbone)
+    if cache_directory is None:
+        return _standardised(_read(backbone, tokenizer, texts))
+    path = Path(cache_directory, f"{_content_key(backbone, tokenizer, texts)}.safetensors")
+    if path.is_file():
+        return load_file(path)["item_text_features"].to(backbone.device)
+    features = _standardised(_read(backbone, tokenizer, texts))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed when whole: another process may look for it at the same time.
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file({"item_text_features": features.cpu()}, partial)
+    os.replace(partial, path)
+    return features
+
+
+def _standardised(states: torch.Tensor) -> torch.Tensor:
+    mean, deviation = states.mean(dim=0), states.std(dim=0, correction=0)
+    return (states - mean) / deviation.clamp_min(1e-6)
+
+
+@torch.no_grad()
+def encode_more_texts(
+    backbone: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    known_texts: Sequence[str],
+    known_features: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Features of further texts, standardised as those of the known texts were.
+
+    Args:
+        backbone ([`~transformers.PreTrainedModel`]): the language model that read the known texts.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
+        texts (`Sequence[str]`): M further texts.
+        known_texts (`Sequence[str]`): N known texts, of which some are read again.
+        known_features (`torch.Tensor` of shape `(N, width)`): what [`encode_texts`] gave for them.
+
+    Returns:
+        `torch.Tensor` of shape `(M, width)`.
+    """
+    sample = min(_TITLES_PER_BATCH, len(known_texts))
+    states = _read(backbone, tokenizer, [*known_texts[:sample], *texts])
+    # In each dimension features lie on a line over states. A sample tells which one, without reading all texts again.
+    known, features = states[:sample], known_features[:sample]
+    centred = features - features.mean(dim=0)
+    deviation = (centred * known).sum(dim=0) / centred.square().sum(dim=0).clamp_min(1e-6)
+    mean = known.mean(dim=0) - deviation * features.mean(dim=0)
+    return (states[sample:] - mean) / deviation.clamp_min(1e-6)
+
+
+def _content_key(backbone, tokenizer, texts) -> str:
+    digest = hashlib.sha256(hash_tensors(backbone.state_dict()).encode())
+    words = sorted(tokenizer.get_vocab().items())
+    digest.update(json.dumps([words, tokenizer("A b. ")["input_ids"], MAX_TITLE_TOKENS, list(texts)]).encode())
+    return digest.hexdigest()
+
+
+def _read(backbone, tokenizer, texts) -> torch.Tensor:
     tokens = tokenizer(list(texts), truncation=True, max_length=MAX_TITLE_TOKENS)["input_ids"]
     # Texts of like length share a batch, so that little is padding.
     order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
-    features = torch.zeros(len(tokens), backbone.config.hidden_size, device=backbone.device)
-    batches = range(0, len(order), _TITLES_PER_BATCH)
-    for start in logging.tqdm(batches, desc="Encoding item titles", leave=False):
-        indices = order[start : start + _TITLES_PER_BATCH]
-        features[indices] = _mean_states(encoder, [tokens[index] for index in indices])
-    mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0)
-    return (features - mean) / deviation.clamp_min(1e-6)
+    states = None
+    with _as_reader(backbone):
+        for start in tqdm(range(0, len(order), _TITLES_PER_BATCH), desc="Encoding item titles", leave=False):
+            indices = order[start : start + _TITLES_PER_BATCH]
+            means = _mean_states(backbone, [tokens[index] for index in indices])
+            states = means.new_zeros(len(tokens), means.shape[1]) if states is None else states
+            states[indices] = means
+    return states
 
 
-def _mean_states(encoder: PreTrainedModel, tokens: list[list[int]]) -> torch.Tensor:
+def _mean_states(backbone: PreTrainedModel, tokens: list[list[int]]) -> torch.Tensor:
     # A text without a token (an empty title and no special tokens) gets padding alone, and the zero vector.
     width = max(1, max(map(len, tokens)))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=encoder.device)
-    lengths = torch.tensor([len(row) for row in tokens], device=encoder.device)
-    mask = (torch.arange(width, device=encoder.device) < lengths[:, None]).long()
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=backbone.device)
+    lengths = torch.tensor([len(row) for row in tokens], device=backbone.device)
+    mask = (torch.arange(width, device=backbone.device) < lengths[:, None]).long()
     attended = mask.clone()
     attended[:, 0] = 1
-    states = encoder(input_ids=ids, attention_mask=attended).last_hidden_state.float()
+    states = backbone(input_ids=ids, attention_mask=attended).last_hidden_state.float()
     return (states * mask.unsqueeze(-1)).sum(dim=1) / lengths.clamp_min(1).unsqueeze(-1)
 
 
-def _text_encoder(backbone: PreTrainedModel) -> PreTrainedModel:
+@contextmanager
+def _as_reader(backbone: PreTrainedModel) -> Iterator[None]:
     """The backbone as it reads text best: an encoder that was made causal for the histories reads both ways."""
-    if not getattr(backbone.config, "is_decoder", False):
-        return backbone.eval()
-    config = copy.deepcopy(backbone.config)
-    config.is_decoder = False
-    encoder = AutoModel.from_config(config, dtype=backbone.dtype).to(backbone.device)
-    encoder.load_state_dict(backbone.state_dict())
-    return encoder.eval()
+    was_training, was_decoder = backbone.training, getattr(backbone.config, "is_decoder", False)
+    causal = [module for module in backbone.modules() if was_decoder and getattr(module, "is_causal", False)]
+    try:
+        backbone.eval()
+        if was_decoder:
+            backbone.config.is_decoder = False
+        for module in causal:
+            module.is_causal = False
+        yield
+    finally:
+        backbone.train(was_training)
+        if was_decoder:
+            backbone.config.is_decoder = True
+        for module in causal:
+            module.is_causal = True
+
+
+def average_of_alike(new: torch.Tensor, known: torch.Tensor, tables: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """
+    For each new item the average of the known items' rows, weighted by how alike their titles are: a softmax over
+    cosines, at so low a temperature that an equal title outweighs all others.
+
+    Args:
+        new (`torch.Tensor` of shape `(M, width)`): features of the new titles.
+        known (`torch.Tensor` of shape `(N, width)`): features of the known titles.
+        tables (`Sequence[torch.Tensor]`): what is averaged, each of shape `(N, ...)`.
+
+    Returns:
+        `list[torch.Tensor]`: one of shape `(M, ...)` per table.
+    """
+    known = torch.nn.functional.normalize(known.float(), dim=1)
+    averages: list[list[torch.Tensor]] = [[] for _ in tables]
+    for rows in torch.nn.functional.normalize(new.float(), dim=1).split(_COLD_ITEMS_PER_CHUNK):
+        weights = (rows @ known.T / _LIKENESS_TEMPERATURE).softmax(dim=1)
+        for average, table in zip(averages, tables, strict=True):
+            average.append(weights.to(table.dtype) @ table)
+    return [torch.cat(parts) for parts in averages]

@@ -3,33 +3,25 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from ..errors import ConfigurationError
-from .item_text import encode_texts
+from . import backbone as base
+from .item_text import average_of_alike, encode_more_texts, encode_texts
+from .prompt import DEFAULT_PROMPT, split_prompt
 from .recommender import WEIGHTS_NAME, RecommenderModel, hub_arguments, sequence_lengths
 
 
-ADAPTER_CONFIG_NAME = "adapter_config.json"
-ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 BACKBONE_PREFIX = "backbone."
-DEFAULT_PROMPT = "A user chose these items, oldest first: {history} The next item is"
 SUPERVISION_MODES = ("all_positions", "last_position")
+FORMAT_VERSION = 1
 
 
 class LLMRecommenderConfig(PreTrainedConfig):
@@ -49,6 +41,7 @@ class LLMRecommenderConfig(PreTrainedConfig):
         dropout (`float`, *optional*, defaults to 0.0): dropout of soft tokens and of hidden states before the head.
         backbone_name_or_path (`str`, *optional*): where the base weights are.
         backbone_config (`dict`, *optional*): the backbone's own configuration.
+        format_version (`int`, *optional*, defaults to 1): of the files; later releases read earlier versions.
     """
 
     model_type = "llmd4rec-llm"
@@ -67,8 +60,15 @@ class LLMRecommenderConfig(PreTrainedConfig):
         dropout: float = 0.0,
         backbone_name_or_path: str = "",
         backbone_config: dict | None = None,
+        format_version: int = FORMAT_VERSION,
         **kwargs,
     ):
+        if format_version > FORMAT_VERSION:
+            raise ConfigurationError(
+                f"This model is in format version {format_version} and this release reads up to {FORMAT_VERSION}: "
+                "update llmd4rec_hf."
+            )
+        self.format_version = FORMAT_VERSION
         if supervision not in SUPERVISION_MODES:
             raise ConfigurationError(
                 f"supervision must be one of {', '.join(SUPERVISION_MODES)}, got {supervision!r}."
@@ -112,16 +112,18 @@ class LLMRecommender(RecommenderModel):
     def __init__(self, config: LLMRecommenderConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
         backbone = backbone or AutoModel.from_config(AutoConfig.for_model(**config.backbone_config))
-        width = backbone.config.hidden_size
+        width, rows = base.hidden_width(backbone), config.num_items + 1
+        # Where the backbone is: a quantised one cannot be moved. In full precision, whatever the backbone has.
+        place = {"device": backbone.device, "dtype": torch.float32}
         self.backbone = backbone
         self.dropout = nn.Dropout(config.dropout)
-        self.input_projection = nn.Linear(config.item_dim, width)
-        self.item_head = nn.Linear(width, config.num_items + 1, bias=False)
-        self.register_buffer("item_vectors", torch.zeros(config.num_items + 1, config.item_dim))
+        self.input_projection = nn.Linear(config.item_dim, width, **place)
+        self.item_head = nn.Linear(width, rows, bias=False, **place)
+        self.register_buffer("item_vectors", torch.zeros(rows, config.item_dim, **place))
         if config.item_text:
-            self.input_text_projection = nn.Linear(width, width, bias=False)
-            self.head_text_projection = nn.Linear(width, width, bias=False)
-            self.register_buffer("item_text_features", torch.zeros(config.num_items + 1, width))
+            self.input_text_projection = nn.Linear(width, width, bias=False, **place)
+            self.head_text_projection = nn.Linear(width, width, bias=False, **place)
+            self.register_buffer("item_text_features", torch.zeros(rows, width, **place))
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.post_init()
 
@@ -131,12 +133,10 @@ class LLMRecommender(RecommenderModel):
         if module is self.item_head:
             nn.init.normal_(module.weight, std=0.02)
         elif module is self.input_projection:
-            nn.init.normal_(
-                module.weight, std=_root_mean_square(self.token_embedding.weight) * module.in_features**-0.5
-            )
+            nn.init.normal_(module.weight, std=base.embedding_scale(self.backbone) * module.in_features**-0.5)
             nn.init.zeros_(module.bias)
         elif self.config.item_text and module is self.input_text_projection:
-            nn.init.normal_(module.weight, std=_root_mean_square(self.token_embedding.weight) * width**-0.5)
+            nn.init.normal_(module.weight, std=base.embedding_scale(self.backbone) * width**-0.5)
         elif self.config.item_text and module is self.head_text_projection:
             nn.init.normal_(module.weight, std=0.02 * width**-0.5)
 
@@ -150,9 +150,10 @@ class LLMRecommender(RecommenderModel):
         item_dim: int = 64,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        prompt: str = DEFAULT_PROMPT,
+        prompt: str | Sequence[dict[str, str]] = DEFAULT_PROMPT,
         supervision: str = "all_positions",
         item_texts: Sequence[str] | None = None,
+        item_text_cache: str | os.PathLike | None = None,
         peft_config=None,
         quantization_config=None,
         max_length: int = 50,
@@ -171,35 +172,42 @@ class LLMRecommender(RecommenderModel):
             item_dim (`int`, *optional*, defaults to 64): width of the CRM's item vectors.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): the backbone's tokenizer; loaded from
                 `backbone` by default.
-            prompt (`str`, *optional*): text around `{history}`.
+            prompt (`str` or `Sequence[dict]`, *optional*): text around `{history}`, or the messages of a chat, one of
+                which holds `{history}`, for tokenizers with a chat template.
             supervision (`str`, *optional*, defaults to `"all_positions"`): see [`LLMRecommenderConfig`].
             item_texts (`Sequence[str]`, *optional*): the N items' titles, in the order of their ids. Turns item
                 text on.
-            peft_config ([`~peft.PeftConfig`], *optional*): adapter of the backbone. Without one the whole backbone is
-                trained.
+            item_text_cache (`str`, *optional*): folder in which the encoded titles are kept, by content hash of
+                backbone, tokenizer and titles, for the next model on the same three.
+            peft_config ([`~peft.PeftConfig`], *optional*): adapter of the backbone; LoRA without `target_modules` gets
+                all linear layers. Without an adapter the whole backbone is trained.
             quantization_config (*optional*): e.g. a `BitsAndBytesConfig`; asks for a `peft_config`.
             max_length (`int`, *optional*, defaults to 50): longest history in items.
             dropout (`float`, *optional*, defaults to 0.0): see [`LLMRecommenderConfig`].
             dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`): of the backbone's weights.
             trust_remote_code (`bool`, *optional*, defaults to `False`): run code from the model's repository.
-            backbone_kwargs: further arguments of `AutoModel.from_pretrained`, e.g. `device_map`.
+            backbone_kwargs: where files come from (`revision`, `token`, `local_files_only`, ...), and further
+                arguments of `AutoModel.from_pretrained`, e.g. `device_map` (a quantised backbone goes to the
+                process's own GPU by default).
 
         Raises:
             ConfigurationError: a backbone that cannot be loaded or is not causal, a prompt without `{history}`, a
                 number of texts other than `num_items`, a quantised backbone without adapter.
         """
-        if quantization_config is not None and peft_config is None:
-            raise ConfigurationError("Quantised weights cannot be trained: give a peft_config, e.g. LoraConfig().")
         if item_texts is not None and len(item_texts) != num_items:
             raise ConfigurationError(f"item_texts holds {len(item_texts)} texts for {num_items} items.")
-        _check_bare(backbone)
+        base.check_bare(backbone)
+        if peft_config is None and (quantization_config is not None or getattr(backbone, "is_quantized", False)):
+            raise ConfigurationError("Quantised weights cannot be trained: give a peft_config, e.g. LoraConfig().")
         name = backbone if isinstance(backbone, (str, os.PathLike)) else backbone.config._name_or_path
+        hub_kwargs = hub_arguments(backbone_kwargs)
         if tokenizer is None:
-            tokenizer = _load_tokenizer(name, trust_remote_code)
+            tokenizer = base.load_tokenizer(name, trust_remote_code=trust_remote_code, **hub_kwargs)
         if not isinstance(backbone, PreTrainedModel):
-            backbone = _load_backbone(name, dtype, quantization_config, trust_remote_code, backbone_kwargs)
-        _check_causal(backbone)
-        prefix_ids, suffix_ids = _split_prompt(prompt, tokenizer)
+            backbone = base.load_backbone(name, dtype, quantization_config, trust_remote_code, **backbone_kwargs)
+        backbone = base.ready_for_training(backbone)
+        base.check_causal(backbone)
+        prefix_ids, suffix_ids = split_prompt(prompt, tokenizer)
         config = LLMRecommenderConfig(
             num_items=num_items,
             item_dim=item_dim,
@@ -210,21 +218,16 @@ class LLMRecommender(RecommenderModel):
             item_text=item_texts is not None,
             dropout=dropout,
             backbone_name_or_path=str(name),
-            backbone_config=backbone.config.to_dict(),
+            backbone_config=base.plain_config(backbone),
         )
         model = cls(config, backbone)
         model.tokenizer = tokenizer
         if item_texts is not None:
-            model.item_text_features[1:] = encode_texts(backbone, tokenizer, item_texts)
+            model.item_text_features[1:] = encode_texts(backbone, tokenizer, item_texts, item_text_cache)
         if peft_config is not None:
-            model._add_adapter(peft_config)
+            # After the constructor, never before it: `post_init` would draw the adapter's weights anew.
+            model.backbone = base.add_adapter(backbone, peft_config)
         return model
-
-    def _add_adapter(self, peft_config):
-        # After the constructor, never before it: `post_init` would draw the adapter's weights anew.
-        from peft import get_peft_model
-
-        self.backbone = get_peft_model(self.backbone, peft_config)
 
     @property
     def has_adapter(self) -> bool:
@@ -255,6 +258,68 @@ class LLMRecommender(RecommenderModel):
         vectors = vectors.detach().to(self.item_vectors)
         self.item_vectors.copy_(vectors / _root_mean_square(vectors[1:]).clamp_min(1e-12))
         self.item_vectors[0] = 0
+
+    @torch.no_grad()
+    def add_items(self, item_ids: Sequence, texts: Sequence[str]) -> None:
+        """
+        Add items that no training history holds, so that they can be ranked and be part of histories.
+
+        Their title features are read as those of the known items were. What training gives to each item alone, the
+        row of the item head and the CRM's vector, is the average of the known items' with the most similar titles. The
+        internal ids of the known items stay, and so do their scores. It is meant for a trained model: a CRM, a teacher
+        cache or a data set over the smaller catalogue no longer fits.
+
+        Args:
+            item_ids (`Sequence`): external ids that the vocabulary lacks.
+            texts (`Sequence[str]`): their titles.
+
+        Raises:
+            ConfigurationError: a model without item text or vocabulary.
+            DataError: an id that is known already, or not one text per id.
+
+        Example:
+
+        ```python
+        >>> llm.add_items(["B9"], ["Matte lipstick, coral"])
+        >>> llm.recommend([["B1", "B2"]], candidates=["B9", "B3"])
+        ```
+        """
+        if not self.config.item_text or self.vocabulary is None:
+            raise ConfigurationError(
+                "New items are placed by their titles: build the model with item_texts, and set its vocabulary."
+            )
+        vocabulary = self.vocabulary.add(item_ids, texts)
+        features, vectors, head_rows = self._place_titles(texts)
+        self.item_text_features = torch.cat([self.item_text_features, features])
+        self.item_vectors = torch.cat([self.item_vectors, vectors])
+        self.item_head.weight = nn.Parameter(torch.cat([self.item_head.weight, head_rows]))
+        self.item_head.out_features = len(vocabulary) + 1
+        self.config.num_items = len(vocabulary)
+        self.vocabulary = vocabulary
+
+    def _place_titles(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """Features `(M, width)`, item vectors `(M, item_dim)` and head rows `(M, width)` of new titles."""
+        known = self.item_text_features[1:]
+        tables = [self.item_vectors[1:], self.item_head.weight[1:]]
+        if self.has_adapter:
+            with self.backbone.disable_adapter():
+                features = encode_more_texts(
+                    self.backbone.get_base_model(), self.tokenizer, texts, self.vocabulary.texts, known
+                )
+            return [features, *average_of_alike(features, known, tables)]
+        # A backbone that was trained as a whole reads titles otherwise than it did: all are read again, to find those
+        # that are alike, and new features are averages too.
+        again = encode_texts(self.backbone, self.tokenizer, [*self.vocabulary.texts, *texts])
+        return average_of_alike(again[len(known) :], again[: len(known)], [known, *tables])
+
+    def merge_and_unload(self) -> LLMRecommender:
+        """
+        Add the adapter to the backbone's weights and drop it; afterwards the model is saved whole, and needs neither
+        PEFT nor the base model. A quantised backbone becomes a floating-point one.
+        """
+        if self.has_adapter:
+            self.backbone = base.merge_adapter(self.backbone)
+        return self
 
     # --- computation ---------------------------------------------------------------------------------------------
 
@@ -327,41 +392,32 @@ class LLMRecommender(RecommenderModel):
         """
         state_dict = self.portable_state(state_dict)
         if self.has_adapter:
+            own, adapter = {}, {}
+            for name, value in state_dict.items():
+                (adapter if name.startswith(BACKBONE_PREFIX) else own)[name.removeprefix(BACKBONE_PREFIX)] = value
+            state_dict = own
             if is_main_process:
-                self._save_adapter(save_directory, state_dict)
-            state_dict = {name: value for name, value in state_dict.items() if not name.startswith(BACKBONE_PREFIX)}
-        if self.tokenizer is not None and is_main_process:
-            self.tokenizer.save_pretrained(save_directory)
+                base.save_adapter(self.backbone, adapter, save_directory)
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+
+    def save_companions(self, save_directory: str | os.PathLike) -> None:
+        super().save_companions(save_directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(save_directory)
 
     def portable_state(self, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
         """All but frozen base weights: with an adapter, its tensors (under PEFT's own names) for the backbone."""
         state_dict = super().portable_state(state_dict)
         if not self.has_adapter:
             return state_dict
-        from peft import get_peft_model_state_dict
-
         backbone, own = {}, {}
         for name, value in state_dict.items():
             if name.startswith(BACKBONE_PREFIX):
                 backbone[name.removeprefix(BACKBONE_PREFIX)] = value
             else:
                 own[name] = value
-        adapter = get_peft_model_state_dict(self.backbone, state_dict=backbone)
+        adapter = base.adapter_state(self.backbone, backbone)
         return own | {BACKBONE_PREFIX + name: value for name, value in adapter.items()}
-
-    def _save_adapter(self, directory, portable_state):
-        # Not PeftModel.save_pretrained: it would also write a model card that claims the whole repository for PEFT.
-        os.makedirs(directory, exist_ok=True)
-        tensors = {
-            name.removeprefix(BACKBONE_PREFIX): value.contiguous()
-            for name, value in portable_state.items()
-            if name.startswith(BACKBONE_PREFIX)
-        }
-        save_file(tensors, os.path.join(directory, ADAPTER_WEIGHTS_NAME), metadata={"format": "pt"})
-        peft_config = copy.copy(self.backbone.peft_config["default"])
-        peft_config.inference_mode = True
-        peft_config.save_pretrained(directory)
 
     @classmethod
     def from_pretrained(
@@ -369,7 +425,7 @@ class LLMRecommender(RecommenderModel):
         pretrained_model_name_or_path,
         *,
         config: LLMRecommenderConfig | None = None,
-        backbone: PreTrainedModel | None = None,
+        backbone: str | os.PathLike | PreTrainedModel | None = None,
         quantization_config=None,
         dtype: torch.dtype | str = torch.float32,
         trust_remote_code: bool = False,
@@ -379,51 +435,72 @@ class LLMRecommender(RecommenderModel):
         """
         Load a recommender that [`~LLMRecommender.save_pretrained`] wrote, from a folder or the Hub.
 
+        `AutoModel` does the same for a folder. Given the Hub id of a repository with an adapter it does what
+        transformers does for all of these: it loads the base model with the adapter, and leaves out the rest.
+
         Args:
             pretrained_model_name_or_path (`str`): folder or Hub id.
             config ([`LLMRecommenderConfig`], *optional*): read from the folder by default.
-            backbone ([`~transformers.PreTrainedModel`], *optional*): the base model, if it is loaded already or is no
-                longer where the configuration says.
+            backbone (`str` or [`~transformers.PreTrainedModel`], *optional*): the base model, if it is loaded already,
+                or its folder or Hub id, if it is no longer where the configuration says.
             quantization_config (*optional*): load the base in 8 or 4 bits.
             dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`): of the base weights.
             trust_remote_code (`bool`, *optional*, defaults to `False`): run code from the base model's repository.
             is_trainable (`bool`, *optional*, defaults to `False`): load the adapter for further training.
-            kwargs: where files come from (`revision`, `token`, `cache_dir`, `local_files_only`, ...); others go to
-                `AutoModel.from_pretrained` for the base.
+            kwargs: where files come from (`revision`, `token`, `cache_dir`, `local_files_only`, ...; all but
+                `revision` and `subfolder` go for the base as well); others go to `AutoModel.from_pretrained` for the
+                base.
+
+        Raises:
+            ConfigurationError: the base model is not found or is another one, files that do not fit or are of a later
+                format version, a `quantization_config` for a model that was saved with its whole backbone.
         """
         source, hub_kwargs = str(pretrained_model_name_or_path), hub_arguments(kwargs)
-        # `AutoModel` takes the adapter in the folder for one of its own and hands its findings on.
-        backbone_kwargs = {
-            name: value for name, value in kwargs.items() if name not in hub_kwargs and name != "adapter_kwargs"
-        }
         config = config or cls.config_class.from_pretrained(source, **hub_kwargs)
-        adapter = cached_file(source, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-        if backbone is None and adapter is None:
-            backbone = AutoModel.from_config(AutoConfig.for_model(**config.backbone_config), dtype=dtype)
-        elif backbone is None:
-            name = config.backbone_name_or_path
-            backbone = _load_backbone(name, dtype, quantization_config, trust_remote_code, backbone_kwargs)
-        model = cls(config, backbone)
+        adapter = cached_file(
+            source, base.ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
+        )
+        if adapter is None and quantization_config is not None:
+            raise ConfigurationError(
+                f"{source} was saved with its whole backbone, without an adapter: it cannot be loaded in fewer bits."
+            )
+        if adapter is None and backbone is None:
+            options = {} if dtype == "auto" else {"dtype": dtype}
+            backbone = AutoModel.from_config(AutoConfig.for_model(**config.backbone_config), **options)
+        elif not isinstance(backbone, PreTrainedModel):
+            name = backbone or config.backbone_name_or_path
+            # `revision` and `subfolder` are the recommender's; the last two are what `AutoModel` hands on.
+            own = ("revision", "subfolder", "adapter_kwargs", "_from_auto")
+            options = {key: value for key, value in kwargs.items() if key not in own}
+            try:
+                backbone = base.load_backbone(name, dtype, quantization_config, trust_remote_code, **options)
+            except ConfigurationError as error:
+                raise ConfigurationError(
+                    f"{source} needs its base model. {error} If it has moved, give its place, or the loaded model, as "
+                    "`backbone=`."
+                ) from error
+        base.check_bare(backbone)
+        model = cls(config, base.ready_for_training(backbone))
         if adapter is not None:
-            from peft import PeftModel
-
-            folder = os.path.dirname(cached_file(source, ADAPTER_WEIGHTS_NAME, **hub_kwargs))
-            model.backbone = PeftModel.from_pretrained(model.backbone, folder, is_trainable=is_trainable)
+            folder = os.path.dirname(cached_file(source, base.ADAPTER_WEIGHTS_NAME, **hub_kwargs))
+            model.backbone = base.load_adapter(model.backbone, folder, is_trainable)
         model._load_own_weights(cached_file(source, WEIGHTS_NAME, **hub_kwargs))
         model._load_vocabulary(source, **hub_kwargs)
-        model.tokenizer = _load_tokenizer(source, trust_remote_code, **hub_kwargs)
+        if cached_file(source, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs):
+            model.tokenizer = base.load_tokenizer(source, trust_remote_code=trust_remote_code, **hub_kwargs)
         return model.eval()
 
     def load_weights(self, directory: str | os.PathLike) -> None:
         if self.has_adapter:
-            from peft import set_peft_model_state_dict
-
-            set_peft_model_state_dict(self.backbone, load_file(os.path.join(directory, ADAPTER_WEIGHTS_NAME)))
+            base.load_adapter_weights(self.backbone, directory)
         self._load_own_weights(os.path.join(directory, WEIGHTS_NAME))
 
     def _load_own_weights(self, path: str) -> None:
         """Load what `model.safetensors` holds; nothing of it may be missing or left over."""
-        outcome = self.load_state_dict(load_file(path), strict=False)
+        try:
+            outcome = self.load_state_dict(load_file(path), strict=False)
+        except RuntimeError as error:  # shapes
+            raise ConfigurationError(f"{path} does not fit this model: {error}") from error
         missing = [
             name for name in outcome.missing_keys if not (self.has_adapter and name.startswith(BACKBONE_PREFIX))
         ]
@@ -435,83 +512,3 @@ class LLMRecommender(RecommenderModel):
 
 def _root_mean_square(values: torch.Tensor) -> torch.Tensor:
     return values.float().square().mean().sqrt()
-
-
-def _load_tokenizer(name, trust_remote_code: bool, **hub_kwargs) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **hub_kwargs)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(_cannot_load("tokenizer", name, error)) from error
-
-
-def _load_backbone(name, dtype, quantization_config, trust_remote_code: bool, backbone_kwargs) -> PreTrainedModel:
-    """Load a decoder; an encoder that can act as a decoder is told to."""
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        if hasattr(config, "is_decoder"):
-            config.is_decoder = True
-        backbone = AutoModel.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            quantization_config=quantization_config,
-            trust_remote_code=trust_remote_code,
-            **backbone_kwargs,
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(_cannot_load("language model", name, error)) from error
-    if quantization_config is not None:
-        from peft import prepare_model_for_kbit_training
-
-        backbone = prepare_model_for_kbit_training(backbone, use_gradient_checkpointing=False)
-        for module in backbone.modules():
-            # bitsandbytes repacks 4-bit weights in the first evaluation on such CPUs, into a form that has no
-            # gradient and loses precision: training after an evaluation would fail.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-    return backbone
-
-
-def _cannot_load(what: str, name, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0]
-    return f"Cannot load the {what} {str(name)!r}: give a folder or a Hub id of a transformers model ({first_line})"
-
-
-def _check_bare(backbone) -> None:
-    if isinstance(backbone, (str, os.PathLike)):
-        return
-    if not isinstance(backbone, PreTrainedModel) or backbone.base_model is not backbone:
-        raise ConfigurationError(
-            f"{type(backbone).__name__} is not a bare backbone: give a folder, a Hub id, or a loaded model without head "
-            "(its `.base_model`) and without adapter, which goes into `peft_config`."
-        )
-
-
-def _check_causal(backbone: PreTrainedModel) -> None:
-    """Raise unless early states are blind to later tokens: else training would read the answers."""
-    vocabulary_size = backbone.get_input_embeddings().num_embeddings
-    tokens = torch.arange(1, 6, device=backbone.device).remainder(vocabulary_size)[None]
-    changed = tokens.clone()
-    changed[0, -1] = (changed[0, -1] + 1) % vocabulary_size
-    was_training = backbone.training
-    backbone.eval()
-    with torch.no_grad():
-        first, second = (backbone(input_ids=ids).last_hidden_state[0, :-1].float() for ids in (tokens, changed))
-    backbone.train(was_training)
-    if not torch.allclose(first, second, atol=1e-3, rtol=1e-3):
-        raise ConfigurationError(
-            f"{type(backbone).__name__} is not causal: a later token changes earlier states. Give a decoder, or an "
-            "encoder whose configuration has `is_decoder`."
-        )
-
-
-def _split_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Token ids before and after `{history}`; special tokens that open a text stay, those that close it do not."""
-    before, marker, after = prompt.partition("{history}")
-    if not marker:
-        raise ConfigurationError(f"The prompt must contain '{{history}}', where the items go; got {prompt!r}.")
-    prefix = tokenizer(before.rstrip())["input_ids"]
-    while prefix and prefix[-1] in (tokenizer.sep_token_id, tokenizer.eos_token_id):
-        prefix.pop()
-    suffix = tokenizer(after.rstrip(), add_special_tokens=False)["input_ids"] if after.strip() else []
-    return prefix, suffix

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from ..errors import ConfigurationError, DataError
 
 
 WEIGHTS_NAME = "model.safetensors"
+_PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "tags")
 
 
 @dataclass
@@ -227,11 +230,23 @@ class RecommenderModel(PreTrainedModel):
 
     # --- files ---------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+    def save_pretrained(
+        self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
+    ) -> None:
         """Save weights, configuration and, if there is one, the item vocabulary. See [`PreTrainedModel`]."""
-        if self.vocabulary is not None and is_main_process:
-            self.vocabulary.save_pretrained(save_directory)
+        hub_kwargs = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs} if push_to_hub else {}
+        if is_main_process:
+            self.save_companions(save_directory)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if push_to_hub and is_main_process:
+            # Not by the base class, which would upload only what it has written itself.
+            repository = hub_kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repository, **hub_kwargs)
+
+    def save_companions(self, save_directory: str | os.PathLike) -> None:
+        """Save what belongs to a model beside weights and configuration: the item vocabulary, if there is one."""
+        if self.vocabulary is not None:
+            self.vocabulary.save_pretrained(save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -250,19 +265,26 @@ class RecommenderModel(PreTrainedModel):
         return self.state_dict() if state_dict is None else state_dict
 
     def content_hash(self) -> str:
-        """SHA-256 over names, dtypes, shapes and values of [`~RecommenderModel.portable_state`]."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.portable_state().items()):
-            value = value.detach().cpu().contiguous()
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(
-                value.view(torch.uint8).numpy() if value.dim() else value.reshape(1).view(torch.uint8).numpy()
-            )
-        return digest.hexdigest()
+        """SHA-256 over what decides this model's scores: its own settings and [`~RecommenderModel.portable_state`]."""
+        # Only what its configuration class takes: versions, paths and a Trainer's marks say nothing about scores.
+        own = inspect.signature(type(self.config).__init__).parameters
+        settings = {name: value for name, value in self.config.to_dict().items() if name in own}
+        described = json.dumps(settings, sort_keys=True, default=str)
+        return hashlib.sha256((described + hash_tensors(self.portable_state())).encode()).hexdigest()
 
     def load_weights(self, directory: str | os.PathLike) -> None:
         """Bring the weights of a folder that [`~PreTrainedModel.save_pretrained`] wrote into this model, in place."""
         self.load_state_dict(load_file(os.path.join(directory, WEIGHTS_NAME)))
+
+
+def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def hub_arguments(kwargs: dict) -> dict:

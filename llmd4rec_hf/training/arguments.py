@@ -16,9 +16,9 @@ NORMALIZATIONS = ("dataset", "batch")
 
 
 @dataclass
-class DistillationArguments(TrainingArguments):
+class DistillationSettings:
     """
-    Arguments that both directions of distillation share. All of [`~transformers.TrainingArguments`] is there too.
+    What distillation adds to [`~transformers.TrainingArguments`].
 
     Args:
         temperature (`float`, *optional*, defaults to 2.0): softens both distributions in the KL term.
@@ -64,9 +64,6 @@ class DistillationArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        super().__post_init__()
-        # Pinned memory speeds up copies to an accelerator; without one torch warns at every epoch.
-        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
         if not self.temperature > 0:
             raise ConfigurationError(f"temperature must be positive, got {self.temperature}.")
         if self.kl_weight < 0:
@@ -81,11 +78,40 @@ class DistillationArguments(TrainingArguments):
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
 
+    @classmethod
+    def of(cls, args: TrainingArguments) -> DistillationSettings:
+        """
+        The settings that arguments carry. Plain [`~transformers.TrainingArguments`] carry none: for them the trainer
+        samples and divides the loss as [`~transformers.Trainer`] does, and only what a teacher adds has its defaults.
+
+        Raises:
+            ConfigurationError: arguments of the other direction.
+        """
+        if isinstance(args, cls):
+            return args
+        if isinstance(args, DistillationSettings):
+            raise ConfigurationError(f"{type(args).__name__} are the arguments of another trainer.")
+        return cls(loss_normalization="batch", length_bucketing=False)
+
 
 @dataclass
-class MutualDistillArguments(DistillationArguments):
+class DistillationArguments(DistillationSettings, TrainingArguments):
     """
-    Arguments of [`MutualDistillTrainer`]: the LLM learns, from a CRM.
+    Arguments that both directions of distillation share: all of [`~transformers.TrainingArguments`] and of
+    [`DistillationSettings`].
+    """
+
+    def __post_init__(self):
+        TrainingArguments.__post_init__(self)
+        # Pinned memory speeds up copies to an accelerator; without one torch warns at every epoch.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
+        DistillationSettings.__post_init__(self)
+
+
+@dataclass
+class MutualDistillSettings(DistillationSettings):
+    """
+    [`DistillationSettings`] and what only the LLM's side needs.
 
     Args:
         refresh_item_vectors (`bool`, *optional*, defaults to `True`): inject the teacher's item vectors into the LLM
@@ -95,6 +121,14 @@ class MutualDistillArguments(DistillationArguments):
     refresh_item_vectors: bool = field(
         default=True, metadata={"help": "Inject the teacher's item vectors into the LLM before training."}
     )
+
+
+@dataclass
+class MutualDistillArguments(MutualDistillSettings, DistillationArguments):
+    """
+    Arguments of [`MutualDistillTrainer`]: the LLM learns, from a CRM. See [`MutualDistillSettings`].
+    """
+
     learning_rate: float = field(default=5e-4, metadata={"help": "The initial learning rate."})
     num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs per round."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Histories per device and step."})

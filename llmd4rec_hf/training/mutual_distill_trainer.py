@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from ..distillation import TeacherCache
-from .arguments import MutualDistillArguments
+from .arguments import MutualDistillArguments, MutualDistillSettings
 from .trainer import DistillationTrainer
 
 
@@ -25,9 +24,9 @@ class MutualDistillTrainer(DistillationTrainer):
     """
 
     arguments_class = MutualDistillArguments
+    settings_class = MutualDistillSettings
 
-    def _prepare_teacher(self) -> None:
-        super()._prepare_teacher()
-        if self.teacher is not None and self.args.refresh_item_vectors:
-            cached = isinstance(self.teacher, TeacherCache)
-            self.model.set_item_vectors(self.teacher.item_matrix if cached else self.teacher.item_matrix())
+    def _prepare_student(self, model) -> None:
+        # Of a new model in `Trainer`'s constructor nothing is known of the teacher yet; `train` comes later.
+        if self._teacher_items is not None and self.settings.refresh_item_vectors:
+            model.set_item_vectors(self._teacher_items)

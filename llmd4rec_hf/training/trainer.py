@@ -4,24 +4,27 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import HubStrategy, PredictionOutput
 
 from ..data import RankingCollator, SequenceCollator
 from ..distillation import TeacherCache, distillation_loss
 from ..errors import ConfigurationError
 from ..evaluation import ranking_metrics, score_targets
 from ..models import RecommenderModel
-from ..models.recommender import sequence_lengths, supervised
-from .arguments import DistillationArguments
+from ..models.recommender import supervised
+from .arguments import DistillationArguments, DistillationSettings
+from .model_card import trainer_card
 from .sampler import LengthBucketSampler, LengthSortedSampler
 
 
-TEACHER_CACHE_NAME = "teacher_cache"
+# With an underscore in front, because pushes to the Hub leave such names out.
+TEACHER_CACHE_NAME = "_teacher_cache"
 LOSS_PARTS = ("cross_entropy", "kl", "weight_mean", "agreement")
 
 
@@ -31,22 +34,31 @@ class DistillationTrainer(Trainer):
 
     Everything works as in `Trainer`. What is added: the loss is [`distillation_loss`] against the teacher's cached
     output; evaluation ranks the last item of every row among all items and reports HR, NDCG and MRR; `predict` returns
-    the ranks, in the order of the rows; the parts of the loss are logged.
+    the ranks, in the order of the rows; the parts of the loss are logged; checkpoints and pushes carry the vocabulary,
+    and a model card with results.
+
+    It takes the place of `Trainer` in a script by its name alone. With plain [`~transformers.TrainingArguments`] it
+    draws the same batches and, without a teacher, follows the same losses. Differences: the default collator is
+    [`SequenceCollator`]; `compute_metrics` is given ranks (1 is best) of shape `(n,)` as `predictions` and the true
+    items `(n,)` as `label_ids`, since scores over all items would not fit into memory; `eval_loss` is the
+    cross-entropy of the ranked item, not of all positions.
 
     Args:
         model ([`RecommenderModel`]): the student.
-        args ([`DistillationArguments`], *optional*): the arguments; those of the class by default.
+        args ([`~transformers.TrainingArguments`], *optional*): the arguments; `arguments_class` is the kind that also
+            holds the settings of distillation, and the default.
         train_dataset ([`~datasets.Dataset`], *optional*): rows as [`split_leave_one_out`] makes them.
         eval_dataset ([`~datasets.Dataset`], *optional*): likewise.
         teacher ([`RecommenderModel`] or [`TeacherCache`], *optional*): a model is run once over the training set, into
-            `args.output_dir/teacher_cache`, when training begins. Without a teacher this trains the model alone.
-        kwargs: further arguments of [`~transformers.Trainer`].
+            `args.output_dir/_teacher_cache`, when training begins. Without a teacher this trains the model alone.
+        kwargs: further arguments of [`~transformers.Trainer`], e.g. `model_init`, which is called at every `train()`.
 
     Raises:
         ConfigurationError: a student that is no [`RecommenderModel`], or a teacher over another catalogue.
     """
 
     arguments_class: type[TrainingArguments] = DistillationArguments
+    settings_class: type[DistillationSettings] = DistillationSettings
     # The loss below is divided by all that is accumulated already; both names, because releases differ in the one
     # they read.
     loss_is_scaled_for_ga = True
@@ -54,28 +66,46 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: RecommenderModel | None = None,
-        args: DistillationArguments | None = None,
+        args: TrainingArguments | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         teacher: RecommenderModel | TeacherCache | None = None,
         **kwargs,
     ):
-        if model is not None and not isinstance(model, RecommenderModel):
-            raise ConfigurationError(f"{type(self).__name__} trains a RecommenderModel, got {type(model).__name__}.")
-        args = args or self.arguments_class("trainer_output")
         if model is not None:
-            kwargs.setdefault("data_collator", SequenceCollator(max_length=model.config.max_length))
-        kwargs.setdefault("compute_metrics", _ranking_metrics)
-        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
-        self.model_accepts_loss_kwargs = True
-        if args.early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+            self._check_student(model)
+        args = args or self.arguments_class("trainer_output")
+        self.settings = self.settings_class.of(args)
+        # Before `Trainer`'s own constructor, which may call `model_init`.
         self.teacher = teacher
         self._teacher_cache: TeacherCache | None = None
         self._teacher_items: torch.Tensor | None = None
         self._loss_sums: dict[str, torch.Tensor] = {}
+        self._collates_by_model = kwargs.get("data_collator") is None
+        kwargs.setdefault("compute_metrics", _ranking_metrics)
+        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        self.model_accepts_loss_kwargs = True
+        self._fit_collator(self.model)
+        if self.settings.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(self.settings.early_stopping_patience))
         if teacher is not None:
             self._check_teacher(teacher)
+
+    def _check_student(self, model) -> None:
+        if not isinstance(model, RecommenderModel):
+            raise ConfigurationError(f"{type(self).__name__} trains a RecommenderModel, got {type(model).__name__}.")
+
+    def _fit_collator(self, model: RecommenderModel) -> None:
+        if self._collates_by_model:
+            self.data_collator = SequenceCollator(max_length=model.config.max_length)
+
+    def call_model_init(self, trial=None):
+        """As in `Trainer`; the collator and what a teacher injects follow the new model."""
+        model = super().call_model_init(trial)
+        self._check_student(model)
+        self._fit_collator(model)
+        self._prepare_student(model)
+        return model
 
     def _check_teacher(self, teacher) -> None:
         is_cache = isinstance(teacher, TeacherCache)
@@ -98,14 +128,14 @@ class DistillationTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not self.args.length_bucketing or not _has_lengths(train_dataset):
+        if not self.settings.length_bucketing or not _has_lengths(train_dataset):
             return super()._get_train_sampler(train_dataset)
         together = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthBucketSampler(train_dataset["length"], together, seed)
 
     def _get_eval_sampler(self, eval_dataset: Dataset):
-        if not self.args.length_bucketing or not _has_lengths(eval_dataset):
+        if not self.settings.length_bucketing or not _has_lengths(eval_dataset):
             return super()._get_eval_sampler(eval_dataset)
         return LengthSortedSampler(eval_dataset["length"])
 
@@ -130,6 +160,7 @@ class DistillationTrainer(Trainer):
     def train(self, *args, **kwargs):
         """Train as [`~transformers.Trainer.train`] does, after the teacher has been cached."""
         self._prepare_teacher()
+        self._prepare_student(self.model)
         return super().train(*args, **kwargs)
 
     def _prepare_teacher(self) -> None:
@@ -148,9 +179,12 @@ class DistillationTrainer(Trainer):
         self._teacher_cache = cache
         self._teacher_items = cache.item_matrix.to(self.args.device)
 
+    def _prepare_student(self, model: RecommenderModel) -> None:
+        """What a subclass does to a student before it is trained, each time there is a new one."""
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy plus weighted KL against the cached teacher, over every position that has a label."""
-        outputs = model(inputs["item_ids"], inputs["attention_mask"])
+        outputs = model(inputs["item_ids"], _attention_mask(inputs))
         hidden, item_matrix, labels = supervised(outputs.hidden, inputs["labels"], outputs.item_matrix)
         divisor = self._loss_divisor(labels, num_items_in_batch)
         parts = distillation_loss(
@@ -159,12 +193,12 @@ class DistillationTrainer(Trainer):
             labels,
             self._teacher_hidden(inputs),
             self._teacher_items,
-            temperature=self.args.temperature,
-            kl_weight=self.args.kl_weight,
-            weighting=self.args.weighting,
-            rank_base=self.args.rank_base,
-            scale_by_temperature_squared=self.args.scale_by_temperature_squared,
-            chunk_size=self.args.loss_chunk_size,
+            temperature=self.settings.temperature,
+            kl_weight=self.settings.kl_weight,
+            weighting=self.settings.weighting,
+            rank_base=self.settings.rank_base,
+            scale_by_temperature_squared=self.settings.scale_by_temperature_squared,
+            chunk_size=self.settings.loss_chunk_size,
             num_items_in_batch=divisor,
         )
         self._record(parts, labels.numel(), divisor)
@@ -176,11 +210,16 @@ class DistillationTrainer(Trainer):
     def _teacher_hidden(self, inputs) -> torch.Tensor | None:
         if self._teacher_cache is None:
             return None
-        return self._teacher_cache.lookup(inputs["row_id"], inputs["labels"], inputs["attention_mask"])
+        if "row_id" not in inputs:
+            raise ConfigurationError(
+                "The batches have no row_id, by which the teacher's output is found: collate with SequenceCollator, "
+                "and keep the column row_id in the data."
+            )
+        return self._teacher_cache.lookup(inputs["row_id"], inputs["labels"], _attention_mask(inputs))
 
     def _loss_divisor(self, labels: torch.Tensor, num_items_in_batch) -> float | torch.Tensor:
         """Positions of one optimizer step over all processes: on average (`"dataset"`) or in this step (`"batch"`)."""
-        if self.args.loss_normalization == "dataset" and _has_lengths(self.train_dataset):
+        if self.settings.loss_normalization == "dataset" and _has_lengths(self.train_dataset):
             rows = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
             return rows * self._mean_positions
         if num_items_in_batch is not None:
@@ -190,10 +229,11 @@ class DistillationTrainer(Trainer):
     @property
     def _mean_positions(self) -> float:
         """Supervised positions per training row."""
-        if self.__dict__.get("_mean_positions_of") is not self.train_dataset:
+        max_length = self.model.config.max_length
+        if self.__dict__.get("_mean_positions_of") != (id(self.train_dataset), max_length):
             positions = np.asarray(self.train_dataset["length"]) - 1
-            self._mean_positions_value = float(np.minimum(positions, self.model.config.max_length).mean())
-            self._mean_positions_of = self.train_dataset
+            self._mean_positions_value = float(np.minimum(positions, max_length).mean())
+            self._mean_positions_of = (id(self.train_dataset), max_length)
         return self._mean_positions_value
 
     # --- logging -------------------------------------------------------------------------------------------------
@@ -225,10 +265,10 @@ class DistillationTrainer(Trainer):
         """Rank the last labelled item of each row. Ranks `(B,)` are gathered over processes, never scores `(B, N)`."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            outputs = model(inputs["item_ids"], inputs["attention_mask"], last_only=True)
-        last = sequence_lengths(inputs["item_ids"], inputs["attention_mask"]) - 1
+            outputs = model(inputs["item_ids"], _attention_mask(inputs), last_only=True)
+        last = _attention_mask(inputs).sum(dim=1) - 1
         targets = inputs["labels"].gather(1, last.unsqueeze(1)).squeeze(1)
-        seen = inputs["seen"] if self.args.seen_items == "mask" else None
+        seen = inputs["seen"] if self.settings.seen_items == "mask" else None
         scores = score_targets(outputs.hidden, outputs.item_matrix, targets, seen=seen)
         loss = scores.nll.mean()
         return (loss, None, None) if prediction_loss_only else (loss, scores.ranks, targets)
@@ -254,9 +294,69 @@ class DistillationTrainer(Trainer):
             return super()._load_best_model()
         return self.model.load_weights(self.state.best_model_checkpoint)
 
+    # --- Hub -----------------------------------------------------------------------------------------------------
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            # `Trainer` copies only the weights and the configuration out of the checkpoint.
+            self.accelerator.unwrap_model(self.model).save_companions(self.args.output_dir)
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write `README.md` into `args.output_dir`: results and protocol, settings, an example that runs, citation.
+
+        Args:
+            language (`str`, *optional*): of the item titles.
+            license (`str`, *optional*): of the model.
+            tags (`str` or `list[str]`, *optional*): beside those of this package.
+            model_name (`str`, *optional*): the heading; the repository's name by default.
+            finetuned_from (`str`, *optional*): the base model; the LLM's backbone by default, if it is on the Hub.
+            tasks (`str` or `list[str]`, *optional*): task of the results in the header.
+            dataset_tags (`str` or `list[str]`, *optional*): Hub ids of the data.
+            dataset (`str` or `list[str]`, *optional*): name of the data; with it the results enter the header.
+            dataset_args (`str` or `list[str]`, *optional*): its configuration.
+        """
+        if not self.is_world_process_zero():
+            return
+        card = trainer_card(
+            self,
+            model_name,
+            dataset,
+            language=language,
+            license=license,
+            tags=tags,
+            base_model=finetuned_from,
+            datasets=dataset_tags,
+            task=_first(tasks),
+            dataset_config=_first(dataset_args),
+        )
+        Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
+
+
+def _first(value: str | list[str] | None) -> str | None:
+    return value[0] if isinstance(value, list) else value
+
 
 def _ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return ranking_metrics(prediction.predictions)
+
+
+def _attention_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The collator's mask; another collator may leave it out, since padding is 0."""
+    return inputs["attention_mask"] if "attention_mask" in inputs else (inputs["item_ids"] != 0).long()
 
 
 def _has_lengths(dataset) -> bool:

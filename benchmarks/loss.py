@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+One step of the distillation loss, forward and backward: ours beside plain autograd and, where it is installed,
+Liger-Kernel's chunked distillation loss on the same work. Ratios come from one run, with the variants in turns.
+
+    python benchmarks/loss.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+
+import torch
+import torch.nn.functional as F
+from common import in_own_process, interleaved_seconds, matmul_rate, peak_extra_bytes, write_result
+
+from llmd4rec_hf import distillation_loss, rank_weights
+
+
+TEMPERATURE, KL_WEIGHT, WIDTH, TEACHER_WIDTH = 2.0, 0.5, 64, 256
+# (items, positions, whether plain autograd fits)
+SIZES = ((12_101, 1024, True), (200_000, 1024, True), (1_000_000, 256, False))
+
+
+def make_inputs(items: int, positions: int):
+    """Random students and teachers whose scores spread like those of trained models (standard deviation of 2)."""
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(positions, WIDTH, generator=random).requires_grad_()
+    item_matrix = (torch.randn(items + 1, WIDTH, generator=random) * 2 / WIDTH**0.5).requires_grad_()
+    teacher_hidden = torch.randn(positions, TEACHER_WIDTH, generator=random)
+    teacher_items = torch.randn(items + 1, TEACHER_WIDTH, generator=random) * 2 / TEACHER_WIDTH**0.5
+    labels = torch.randint(1, items + 1, (positions,), generator=random)
+    return hidden, item_matrix, labels, teacher_hidden, teacher_items
+
+
+def plain_autograd(hidden, item_matrix, labels, teacher_hidden, teacher_items) -> torch.Tensor:
+    """The same loss in the most direct way, with all of the scores in memory."""
+    scores, teacher_scores = hidden @ item_matrix[1:].T, teacher_hidden @ teacher_items[1:].T
+    targets = labels - 1
+    ranks, teacher_ranks = ((s >= s.gather(1, targets[:, None])).sum(1) for s in (scores.detach(), teacher_scores))
+    kl = F.kl_div(
+        F.log_softmax(scores / TEMPERATURE, 1),
+        F.log_softmax(teacher_scores / TEMPERATURE, 1),
+        log_target=True,
+        reduction="none",
+    ).sum(1)
+    weights = rank_weights(ranks, teacher_ranks)
+    return F.cross_entropy(scores, targets) + KL_WEIGHT * TEMPERATURE**2 * (weights * kl).mean()
+
+
+def ours(*inputs) -> torch.Tensor:
+    """The chunked loss."""
+    return distillation_loss(*inputs, temperature=TEMPERATURE, kl_weight=KL_WEIGHT).loss
+
+
+def ours_bf16(*inputs) -> torch.Tensor:
+    """The chunked loss as it runs under bf16 training."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return ours(*inputs)
+
+
+def liger():
+    """Liger-Kernel's chunked forward KL with cross-entropy, or `None`. It has neither weights nor ranks."""
+    try:
+        from liger_kernel.chunked_loss.fused_linear_distillation import LigerFusedLinearDistillationBase
+    except ImportError:
+        return None
+
+    class ForwardKL(LigerFusedLinearDistillationBase):
+        @staticmethod
+        def distillation_loss_fn(student_logits, teacher_logits, **_):
+            student, teacher = F.log_softmax(student_logits, -1), F.log_softmax(teacher_logits, -1)
+            return F.kl_div(student, teacher, reduction="sum", log_target=True)
+
+        @classmethod
+        def forward(cls, ctx, student_input, student_weight, teacher_input, teacher_weight, labels):
+            return super().forward(
+                cls, ctx, student_input, student_weight, teacher_input, teacher_weight, labels,
+                chunk_size=128, compiled=False, temperature=TEMPERATURE,
+                weight_hard_loss=1.0, weight_soft_loss=KL_WEIGHT * TEMPERATURE**2,
+            )  # fmt: skip
+
+        @staticmethod
+        def backward(ctx, grad_output, *_):
+            return *LigerFusedLinearDistillationBase.backward(ctx, grad_output)[:2], None, None, None
+
+    def run(hidden, item_matrix, labels, teacher_hidden, teacher_items):
+        loss = ForwardKL.apply(hidden, item_matrix[1:], teacher_hidden, teacher_items[1:], labels - 1)
+        return loss[0] if isinstance(loss, tuple) else loss
+
+    return run
+
+
+VARIANTS = {"ours": ours, "ours bf16": ours_bf16, "plain autograd": plain_autograd}
+if (_liger := liger()) is not None:
+    VARIANTS["liger chunked"] = _liger
+
+
+def step(name: str, inputs):
+    """Forward and backward; returns the gradients."""
+    inputs[0].grad = inputs[1].grad = None
+    VARIANTS[name](*inputs).backward()
+    return inputs[0].grad, inputs[1].grad
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """|value - reference| / |reference|."""
+    return ((value - reference).norm() / reference.norm()).item()
+
+
+def memory(name: str, items: int, positions: int) -> int:
+    """Bytes beyond inputs and gradients at the peak of one step. Called in a process of its own."""
+    inputs = make_inputs(items, positions)
+    for tensor in inputs[:2]:
+        tensor.grad = torch.zeros_like(tensor)
+    return peak_extra_bytes(lambda: VARIANTS[name](*inputs).backward())
+
+
+def measure(items: int, positions: int, fits: bool, repeats: int) -> dict:
+    """All variants at one size."""
+    inputs = make_inputs(items, positions)
+    names = [name for name in VARIANTS if fits or name.startswith("ours")]
+    seconds = interleaved_seconds({name: functools.partial(step, name, inputs) for name in names}, repeats)
+    peaks = {
+        name: in_own_process(__file__, "--memory", name, "--items", str(items), "--positions", str(positions))["bytes"]
+        for name in names
+    }
+    reference = [gradient.clone() for gradient in step("plain autograd" if fits else "ours", inputs)]
+    result = {"items": items, "positions": positions, "width": WIDTH, "teacher_width": TEACHER_WIDTH, "variants": {}}
+    for name in names:
+        errors = [relative_error(a, b) for a, b in zip(step(name, inputs), reference, strict=True)]
+        result["variants"][name] = {
+            "seconds": seconds[name],
+            "extra_bytes": peaks[name],
+            "gradient_error": {"hidden": errors[0], "item_matrix": errors[1]},
+        }
+    operations = 2 * positions * items * (3 * WIDTH + TEACHER_WIDTH)
+    rates = {str(d).removeprefix("torch."): matmul_rate(256, WIDTH, items, d) for d in (torch.float32, torch.bfloat16)}
+    result["floor_seconds"] = {name: operations / rate for name, rate in rates.items()}
+    return result
+
+
+def show(result: dict) -> None:
+    """Print one size as ratios to plain autograd, or to ours where that does not fit."""
+    variants = result["variants"]
+    base = variants.get("plain autograd", variants["ours"])
+    print(f"\n{result['items']:,} items, {result['positions']} positions, d={WIDTH}, d_t={TEACHER_WIDTH}")
+    for name, facts in variants.items():
+        faster, smaller = (base[key] / max(facts[key], 1e-9) for key in ("seconds", "extra_bytes"))
+        print(
+            f"  {name:15s} {facts['seconds'] * 1e3:9.1f} ms  {faster:6.2f}x faster   "
+            f"{facts['extra_bytes'] / 2**20:8.1f} MiB extra  1/{smaller:.1f}   "
+            f"gradient error {max(facts['gradient_error'].values()):.1e}"
+        )
+    floor = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in result["floor_seconds"].items())
+    print(f"  floor (operations over this machine's matmul rate): {floor}")
+
+
+def main() -> None:
+    """Measure every size, or, for one variant in its own process, its memory."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory", metavar="VARIANT", help=argparse.SUPPRESS)
+    parser.add_argument("--items", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--positions", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory:
+        print(json.dumps({"bytes": memory(options.memory, options.items, options.positions)}))
+        return
+    results = []
+    for size in SIZES:
+        results.append(measure(*size, repeats=options.repeats))
+        show(results[-1])
+    write_result("loss", {"sizes": results})
+
+
+if __name__ == "__main__":
+    main()

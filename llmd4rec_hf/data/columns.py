@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which column is which, and columns of times and numbers in whatever way they were written."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..errors import DataError
+from .arrow import first_true, is_string
+
+
+logger = logging.getLogger(__name__)
+
+# What others call our columns, best guess first; compared without case and punctuation.
+KNOWN_NAMES = {
+    "user_id": [
+        "user_id", "user", "uid", "reviewer_id", "customer_id", "visitor_id", "session_id", "member_id", "profile_id",
+        "account_id", "client_id", "user_idx", "username", "user_name",
+    ],
+    "item_id": [
+        "item_id", "item", "iid", "parent_asin", "asin", "movie_id", "product_id", "business_id", "artist_id",
+        "track_id", "song_id", "book_id", "article_id", "news_id", "video_id", "recipe_id", "game_id", "app_id",
+        "isbn", "sku", "item_idx",
+    ],
+    "timestamp": [
+        "timestamp", "time", "ts", "unix_review_time", "unix_time", "datetime", "date", "event_time", "created_at",
+        "sort_timestamp", "review_time",
+    ],
+    "position": ["position", "pos"],
+    "rating": ["rating", "stars", "overall", "score", "book_rating"],
+    "title": [
+        "title", "name", "item_name", "item_title", "product_title", "movie_title", "book_title", "product_name",
+        "app_name", "track_name", "song_name", "artist_name", "headline", "text",
+    ],
+    "brand": ["brand", "store", "manufacturer", "publisher", "developer", "author", "artist"],
+    "category": ["category", "categories", "genres", "genre", "main_category", "main_cat", "tags", "class"],
+    "description": ["description", "overview", "about", "features", "feature"],
+}  # fmt: skip
+
+
+def resolve_columns(
+    names: list[str],
+    columns: dict[str, str] | None,
+    where: str,
+    wanted: Sequence[str],
+    *,
+    required: int,
+    hints: dict[str, tuple[str, ...]] | None = None,
+) -> dict[str, str]:
+    """
+    Our names mapped to those of a table.
+
+    Args:
+        names (`list[str]`):
+            The table's columns.
+        columns (`dict[str, str]`, *optional*):
+            What the caller said; it wins.
+        where (`str`):
+            Names the table in messages.
+        wanted (`Sequence[str]`):
+            Our names; the first `required` of them must be found.
+        required (`int`):
+            See `wanted`.
+        hints (`dict[str, tuple[str, ...]]`, *optional*):
+            What the table's format calls them, before any common name.
+
+    Raises:
+        `DataError`: A column is named twice, is not there, or cannot be guessed.
+    """
+    columns = dict(columns or {})
+    doubled = [name for name in names if names.count(name) > 1]
+    if doubled:
+        raise DataError(f"{where}: the column {doubled[0]!r} occurs more than once; rename one of them")
+    for ours, theirs in columns.items():
+        if theirs not in names:
+            raise DataError(f"{where}: no column {theirs!r} (for {ours!r}); it has {', '.join(names)}")
+    plain = {_plain(name): name for name in reversed(names) if name not in columns.values()}
+    for ours in wanted:
+        guesses = [*(hints or {}).get(ours, ()), *KNOWN_NAMES[ours]]
+        theirs = next((plain[_plain(name)] for name in guesses if _plain(name) in plain), None)
+        if ours not in columns and theirs is not None:
+            columns[ours] = theirs
+            if theirs != ours:
+                logger.info("%s: taking column %r as %s", where, theirs, ours)
+    missing = [name for name in wanted[:required] if name not in columns]
+    if missing == ["user_id"] and _plain_known(names, "title"):
+        raise DataError(f"{where}: has titles and no users, so it is a catalogue and no log; pass it as the items")
+    if missing:
+        found = ", ".join(map(repr, names[:12]))
+        raise DataError(
+            f"{where}: no column for {', '.join(missing)} among {found}; "
+            f"the first line must name the columns, or pass columns={{{missing[0]!r}: ...}}"
+        )
+    return columns
+
+
+def _plain_known(names: list[str], ours: str) -> bool:
+    return bool({_plain(name) for name in names} & set(map(_plain, KNOWN_NAMES[ours])))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def times(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """Times as `int64` where they are whole, else `float64`; dates become seconds since 1970."""
+    row = first_true(pc.is_null(column, nan_is_null=True))
+    if row is not None:
+        raise DataError(f"{where}: row {row + 1} has no time; fill it in or drop the row")
+    values = _numbers(column, where)
+    row = first_true(pc.or_(pc.less(values, 0), pc.invert(pc.is_finite(values))))
+    if row is not None:
+        raise DataError(f"{where}: row {row + 1} holds {column[row].as_py()}, which is no time; correct or drop it")
+    return whole(values)
+
+
+def seconds(values: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """Times in seconds. Finer units are known by their size: as seconds they would lie after the year 5000."""
+    first = pc.min(values).as_py() or 0
+    for unit, least, parts in (("nano", 1e17, 1e9), ("micro", 1e14, 1e6), ("milli", 1e11, 1e3)):
+        if first >= least:
+            logger.info("%s: times in %sseconds are turned to seconds", where, unit)
+            return whole(pc.divide(values.cast(pa.float64(), safe=False), parts))
+    return values
+
+
+def whole(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Floats as `int64` if none has a fraction."""
+    if not pa.types.is_floating(values.type):
+        return values
+    integral = pc.all(pc.and_(pc.equal(pc.floor(values), values), pc.less(values, 2**53))).as_py()
+    return values.cast(pa.int64() if integral else pa.float64())
+
+
+def ratings(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Numbers where the text holds numbers ("4" and "4.5" in one column); anything else as it is."""
+    if not is_string(column.type):
+        return column
+    try:
+        return column.cast(pa.float64())
+    except pa.ArrowInvalid:
+        return column
+
+
+def _numbers(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    kind = column.type
+    if pa.types.is_integer(kind):
+        return column.cast(pa.int64())
+    if pa.types.is_floating(kind):
+        return column.cast(pa.float64())
+    if pa.types.is_temporal(kind) and not pa.types.is_duration(kind):
+        microseconds = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
+        return pc.divide(microseconds.cast(pa.float64()), 1e6)
+    for target in (pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC")):
+        try:
+            parsed = column.cast(target)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            continue
+        return parsed if target == pa.float64() else _numbers(parsed, where)
+    example = _first_unparsed(column)
+    raise DataError(f"{where}: {example}, which is neither a number nor an ISO date; correct it or drop the row")
+
+
+def _first_unparsed(column: pa.ChunkedArray) -> str:
+    values = pd.Series(column.to_pandas())
+    bad = pd.to_numeric(values, errors="coerce").isna()
+    if bad.all():  # dates, then
+        bad = pd.to_datetime(values, errors="coerce", format="ISO8601", utc=True).isna()
+    row = first_true(bad.to_numpy()) or 0
+    return f"row {row + 1} holds {values[row]!r}"

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every format has in common, and the ways into a file that formats share."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+
+from ...errors import DataError
+
+
+logger = logging.getLogger(__name__)
+
+HEAD_BYTES = 1 << 16
+# No line of text holds this character, so a reader of tables takes a line as one field.
+UNIT_SEPARATOR = "\x1f"
+
+
+class Format:
+    """
+    One way to store a log or a catalogue. Subclasses set `name` and give `matches_file` and `read`.
+
+    Attributes:
+        name (`str`):
+            What `format=` and `--format` call it.
+        hints (`dict[str, tuple[str, ...]]`):
+            Our column names, each with those of this format where the common names would mislead, best first.
+        log_files, item_files (`tuple[str, ...]`):
+            Patterns of the names that log and catalogue have where they lie together in a folder.
+    """
+
+    name: str
+    hints: dict[str, tuple[str, ...]] = {}
+    log_files: tuple[str, ...] = ()
+    item_files: tuple[str, ...] = ()
+
+    def matches_file(self, path: Path) -> bool:
+        """Whether the file `path` holds this format, judged by its content: names lie."""
+        raise NotImplementedError
+
+    def matches(self, path: Path) -> bool:
+        """Whether `path`, a file or a folder, holds this format."""
+        if path.is_dir():
+            return any(any(path.glob(pattern)) for pattern in self.log_files)
+        return self.matches_file(path)
+
+    def locate(self, path: Path, part: str) -> tuple[Format, Path] | None:
+        """The format and file of `part` ("interactions" or "items") of `path`; `None` where it has none."""
+        if path.is_file():
+            return self, path
+        file = find_one(path, self.log_files if part == "interactions" else self.item_files)
+        if file is None:
+            return None
+        refuse_unreadable(file)
+        return self, file
+
+    def column_names(self, path: Path) -> list[str] | None:
+        """The column names in the file, where they can be had without reading it; else `None`."""
+        return None
+
+    def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
+        """
+        The rows of the file, with its own column names and in its own order.
+
+        Args:
+            path (`Path`):
+                A file that [`~Format.locate`] gave.
+            columns (`list[str]`, *optional*):
+                What is needed. Formats that name their columns read no others; the rest give all they have.
+        """
+        raise NotImplementedError
+
+    def read_items(self, path: Path) -> pa.Table:
+        """The catalogue in the file."""
+        return self.read(path)
+
+
+def find_one(folder: Path, patterns: tuple[str, ...]) -> Path | None:
+    """The file that the first matching pattern means; several are an error, none is `None`."""
+    for pattern in patterns:
+        files = sorted(folder.glob(pattern))
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise DataError(f"{folder}: holds {names}; keep one of them or name the file itself")
+        if files:
+            return files[0]
+    return None
+
+
+def refuse_unreadable(path: Path) -> None:
+    """Raises for an empty file and for a pickle, whatever its name."""
+    content = head(path)
+    if not content.strip():
+        raise DataError(f"{path}: the file is empty; check how it was written")
+    # Protocols 2 and up start with \x80 and their number; older ones are text that begins with an opcode.
+    is_pickle = content[0] == 0x80 and len(content) > 1 and content[1] <= 9
+    if is_pickle or content.startswith((b"(dp", b"(lp", b"ccopy_reg", b"cpandas", b"cnumpy")):
+        raise DataError(
+            f"{path}: this is a pickle, which can run code when loaded and is never read; save it as CSV or parquet"
+        )
+
+
+def infer_types(table: pa.Table) -> pa.Table:
+    """Turns text columns into numbers where every value allows it without losing a character (`007` stays text)."""
+    names, columns = table.column_names, table.columns
+    del table  # so that the text of a column is freed as soon as its numbers are there
+    for index in range(len(columns)):
+        columns[index] = _infer(columns[index])
+    return pa.table(columns, names=names)
+
+
+def _infer(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if not pa.types.is_string(column.type):
+        return column
+    try:
+        integers = [_integers(chunk) for chunk in column.chunks]
+        return pa.chunked_array(integers, pa.int64())
+    except pa.ArrowInvalid:
+        pass
+    try:
+        numbers = column.cast(pa.float64())
+        if pc.all(pc.match_substring_regex(column, r"^-?[0-9]+\.[0-9]+$")).as_py():
+            return numbers
+    except pa.ArrowInvalid:
+        pass
+    return column
+
+
+def _integers(chunk: pa.Array) -> pa.Array:
+    integers = chunk.cast(pa.int64())
+    if not integers.cast(pa.string()).equals(chunk):
+        raise pa.ArrowInvalid("an integer would not be written as it is here")
+    return integers
+
+
+@contextmanager
+def open_binary(path: Path) -> Iterator[BinaryIO]:
+    """Opens `path` for reading, through gzip where the content is gzipped; a torn file is a `DataError`."""
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rb") if zipped else open(path, "rb") as stream:
+            yield stream
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({first_line(error)}); check the file") from error
+
+
+def head(path: Path, size: int = HEAD_BYTES) -> bytes:
+    """The first bytes of the (unzipped) content; nothing for a folder."""
+    if path.is_dir():
+        return b""
+    with open_binary(path) as stream:
+        return stream.read(size)
+
+
+def text_head(path: Path, size: int = HEAD_BYTES) -> str:
+    """The first whole lines of a text file; empty for binary content."""
+    content = head(path, size)
+    if b"\x00" in content:
+        return ""
+    if len(content) == size and b"\n" in content:
+        content = content[: content.rindex(b"\n")]
+    return content.decode("utf-8", errors="replace").lstrip("\ufeff")
+
+
+def head_lines(path: Path, count: int = 20) -> list[str]:
+    """The first lines of a text file that are not blank."""
+    lines = [line.rstrip("\r") for line in text_head(path).split("\n") if line.strip()]
+    return lines[:count]
+
+
+def first_text_line(path: Path) -> str:
+    """The first line of a text file that is not blank, or an empty string."""
+    return next(iter(head_lines(path, 1)), "")
+
+
+def read_lines(path: Path) -> pa.ChunkedArray:
+    """All lines that are not blank, trimmed; UTF-8 or else Latin-1."""
+    return pc.utf8_trim_whitespace(read_delimited(path, UNIT_SEPARATOR, names=["line"])["line"])
+
+
+def read_delimited(
+    path: Path,
+    delimiter: str,
+    *,
+    quote: str | bool = False,
+    names: list[str] | None = None,
+    header: list[str] | None = None,
+    columns: list[str] | None = None,
+    content: bytes | None = None,
+) -> pa.Table:
+    """
+    A text table with every column as text.
+
+    Args:
+        path (`Path`):
+            The file, optionally gzipped; UTF-8, or else Latin-1.
+        delimiter (`str`):
+            One character.
+        quote (`str` or `bool`, *optional*, defaults to `False`):
+            The character around fields that hold delimiters or line breaks; `False` where there is none.
+        names (`list[str]`, *optional*):
+            The columns' names, where the first line already holds values.
+        header (`list[str]`, *optional*):
+            What the first line names, where it does.
+        columns (`list[str]`, *optional*):
+            The columns to read; all by default.
+        content (`bytes`, *optional*):
+            Read instead of the file, which then only names it in errors.
+    """
+    text = dict.fromkeys(names or header or [], pa.string())
+    parse = pa.csv.ParseOptions(delimiter=delimiter, quote_char=quote, newlines_in_values=bool(quote))
+    convert = pa.csv.ConvertOptions(column_types=text, include_columns=columns)
+    for encoding in ("utf8", "latin-1"):
+        read = pa.csv.ReadOptions(encoding=encoding, block_size=1 << 24, column_names=names)
+        try:
+            with open_binary(path) if content is None else pa.BufferReader(content) as stream:
+                return pa.csv.read_csv(stream, read_options=read, parse_options=parse, convert_options=convert)
+        except pa.ArrowInvalid as error:
+            if "UTF8" not in str(error) or encoding == "latin-1":
+                raise DataError(f"{path}: {first_line(error)}; mend that row") from error
+        logger.info("%s is not UTF-8: reading it as Latin-1", path)
+    raise AssertionError("Latin-1 decodes everything")
+
+
+def first_line(error: Exception) -> str:
+    """An error of a library cut to one line."""
+    return str(error).strip().split("\n")[0]

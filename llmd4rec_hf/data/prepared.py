@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A log made ready once: filtered, split, described, and kept on disk where training maps it into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
+
+from ..errors import ConfigurationError, DataError
+from .arrow import to_table
+from .card import data_card, render
+from .filters import filter_interactions
+from .formats import detect_format
+from .interactions import load_interactions
+from .items import FINAL_TEXT, load_items
+from .sequences import split_by_ratio, split_by_time, split_leave_one_out
+from .vocabulary import ItemVocabulary
+
+
+logger = logging.getLogger(__name__)
+
+SPLITS = {"leave_one_out": split_leave_one_out, "time": split_by_time, "ratio": split_by_ratio}
+MANIFEST = "prepared.json"
+# Raised whenever the same source and options give another folder.
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """
+    A prepared folder. Nothing is read before it is asked for, and the sequences are only mapped into memory.
+
+    Args:
+        folder (`Path`):
+            Holds `interactions.parquet`, `items.parquet` (if there is a catalogue), `vocabulary.json`, `sequences/`,
+            `data_card.json`, `data_card.md` and `prepared.json`.
+    """
+
+    folder: Path
+
+    @cached_property
+    def interactions(self) -> datasets.Dataset:
+        """The filtered log."""
+        return load_interactions(self.folder / "interactions.parquet")
+
+    @cached_property
+    def items(self) -> datasets.Dataset | None:
+        """The catalogue, if there is one."""
+        file = self.folder / "items.parquet"
+        return load_items(file) if file.exists() else None
+
+    @cached_property
+    def vocabulary(self) -> ItemVocabulary:
+        """The items of the log."""
+        return ItemVocabulary.from_pretrained(self.folder)
+
+    @cached_property
+    def sequences(self) -> datasets.DatasetDict:
+        """`train`, `validation` and `test`, memory-mapped."""
+        return datasets.load_from_disk(str(self.folder / "sequences"))
+
+    @cached_property
+    def card(self) -> dict[str, Any]:
+        """What [`data_card`] returned."""
+        return json.loads((self.folder / "data_card.json").read_text(encoding="utf-8"))
+
+
+def prepare(
+    source: str | Path | pd.DataFrame | datasets.Dataset,
+    items: str | Path | pd.DataFrame | datasets.Dataset | None = None,
+    output_dir: str | Path | None = None,
+    *,
+    format: str = "auto",
+    items_format: str = "auto",
+    columns: dict[str, str] | None = None,
+    item_columns: dict[str, str] | None = None,
+    text_template: str | None = None,
+    max_text_length: int = 512,
+    duplicate_items: str = "refuse",
+    split: str = "leave_one_out",
+    with_floors: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    **filters: Any,
+) -> PreparedData:
+    """
+    Loads a log and its catalogue, filters, splits and describes them, and keeps the result on disk.
+
+    The folder remembers a hash of the sources' content and of the options: asked for the same again, it is returned as
+    it is.
+
+    Args:
+        source (`str`, `Path`, `pandas.DataFrame` or `datasets.Dataset`):
+            The log; see [`load_interactions`].
+        items (the same, *optional*):
+            The catalogue; see [`load_items`]. By default the one in the log's folder or Hub dataset, if there is one.
+        output_dir (`str` or `Path`, *optional*):
+            The folder; by default one of that hash in the cache of `datasets`.
+        format, items_format, columns, item_columns, text_template, max_text_length, duplicate_items, revision, token:
+            Passed to [`load_interactions`] and [`load_items`].
+        split (`str`, *optional*, defaults to `"leave_one_out"`):
+            `"leave_one_out"`, `"time"` or `"ratio"`, at the default boundaries of the `split_*` functions.
+        with_floors (`bool`, *optional*, defaults to `True`):
+            Measure the floors of the data card.
+        filters:
+            Passed to [`filter_interactions`].
+
+    Returns:
+        [`PreparedData`]
+
+    Raises:
+        `DataError`, `ConfigurationError`: What the functions named above raise.
+    """
+    if split not in SPLITS:
+        raise ConfigurationError(f"split={split!r}; choose one of {', '.join(SPLITS)}")
+    log_options = {"format": format, "columns": columns, "revision": revision, "token": token}
+    item_options = {
+        "format": items_format, "columns": item_columns, "revision": revision, "token": token,
+        "text_template": text_template, "max_text_length": max_text_length, "duplicates": duplicate_items,
+    }  # fmt: skip
+    if items is None and not isinstance(source, (pd.DataFrame, datasets.Dataset)):
+        path = Path(source).expanduser()
+        items = source if path.is_dir() or not (path.exists() or ":" in str(source)) else None
+        item_options["format"] = format
+    key = _key([source, items], [log_options, item_options, split, with_floors, filters])
+    folder = Path(output_dir) if output_dir is not None else _cache_folder(key)
+    if _manifest(folder).get("key") == key:
+        logger.info("%s holds this data already", folder)
+        return PreparedData(folder)
+
+    log = filter_interactions(load_interactions(source, **log_options), **filters)
+    catalogue = None if items is None else load_items(items, **item_options)
+    vocabulary = ItemVocabulary.from_interactions(log, catalogue)
+    sequences = SPLITS[split](log, vocabulary)
+    for name, rows in sequences.items():
+        if len(rows) == 0:
+            raise DataError(f"no user has enough interactions for {name}; filter less or split otherwise")
+    card = data_card(log, sequences, vocabulary, with_floors=with_floors)
+    card["prepared"] = {"split": split, **{name: value for name, value in filters.items() if value is not None}}
+    _write(folder, key, log, catalogue, vocabulary, sequences, card)
+    return PreparedData(folder)
+
+
+def load_prepared(folder: str | Path) -> PreparedData:
+    """
+    Opens a folder that [`prepare`] wrote.
+
+    Raises:
+        `DataError`: It is not there or not complete.
+    """
+    folder = Path(folder).expanduser()
+    if not _manifest(folder):
+        raise DataError(f"{folder}: no complete prepared data here ({MANIFEST} is missing); prepare it again")
+    return PreparedData(folder)
+
+
+def _key(sources: list[Any], options: Any) -> str:
+    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, options], sort_keys=True, default=str).encode())
+    for part, source, how in zip(("interactions", "items"), sources, options, strict=False):
+        digest.update(f"\n{part}\n".encode())
+        if source is not None:
+            _add_content(digest, source, part, how["format"])
+    return digest.hexdigest()
+
+
+def _add_content(digest: Any, source: Any, part: str, format: str) -> None:
+    """Files go by their bytes, tables by their values, and a Hub dataset by its name and revision."""
+    if isinstance(source, pd.DataFrame):
+        digest.update(str(list(source.columns)).encode())
+        digest.update(pd.util.hash_pandas_object(source, index=False).to_numpy().data)
+    elif isinstance(source, datasets.Dataset):
+        with pa.ipc.new_stream(pa.PythonFile(_HashSink(digest), "w"), source.features.arrow_schema) as writer:
+            writer.write_table(to_table(source).cast(source.features.arrow_schema))
+    else:
+        path = Path(source).expanduser()
+        files = _files(path, part, format) if path.exists() else []
+        digest.update(b"" if files else str(source).encode())
+        for file in files:
+            with open(file, "rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+
+
+def _files(path: Path, part: str, format: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    located = detect_format(path, format).locate(path, part)
+    if located is None:
+        return []
+    return [located[1]] if located[1].is_file() else sorted(file for file in located[1].iterdir() if file.is_file())
+
+
+class _HashSink:
+    """A file that keeps nothing of what is written but its hash."""
+
+    closed = False
+
+    def __init__(self, digest: Any) -> None:
+        self.digest = digest
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _cache_folder(key: str) -> Path:
+    return Path(datasets.config.HF_DATASETS_CACHE) / "llmd4rec_hf" / key[:32]
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(
+    folder: Path,
+    key: str,
+    log: datasets.Dataset,
+    catalogue: datasets.Dataset | None,
+    vocabulary: ItemVocabulary,
+    sequences: datasets.DatasetDict,
+    card: dict[str, Any],
+) -> None:
+    """The manifest goes first and comes last, so a folder that has one is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    table = to_table(log)
+    if "position" in table.column_names:  # `timestamp` only repeats it, and read again it would pass for a clock
+        table = table.drop_columns("timestamp")
+    pa.parquet.write_table(table, folder / "interactions.parquet")
+    if catalogue is None:
+        (folder / "items.parquet").unlink(missing_ok=True)
+    else:
+        items = to_table(catalogue).replace_schema_metadata({FINAL_TEXT: b"1"})
+        pa.parquet.write_table(items, folder / "items.parquet")
+    vocabulary.save_pretrained(folder)
+    shutil.rmtree(folder / "sequences", ignore_errors=True)
+    with _no_progress_bars():
+        sequences.save_to_disk(folder / "sequences")
+    (folder / "data_card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    (folder / "data_card.md").write_text(render(card), encoding="utf-8")
+    beside = folder / f".{MANIFEST}.{os.getpid()}"
+    beside.write_text(json.dumps({"format_version": FORMAT_VERSION, "key": key}), encoding="utf-8")
+    os.replace(beside, folder / MANIFEST)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = datasets.are_progress_bars_disabled() is False
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

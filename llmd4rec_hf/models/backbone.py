@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language model under a recommender: loading, quantisation, adapters. All that knows PEFT or bitsandbytes."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import ConfigurationError
+from .recommender import hub_arguments
+
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def load_tokenizer(name: str | os.PathLike, **options) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained`, with an error that a user can act on."""
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(_cannot_load("tokenizer", name, error)) from error
+
+
+def load_backbone(
+    name: str | os.PathLike,
+    dtype: torch.dtype | str,
+    quantization_config=None,
+    trust_remote_code: bool = False,
+    **kwargs,
+) -> PreTrainedModel:
+    """
+    Load a decoder; an encoder that can act as a decoder is told to.
+
+    Args:
+        name (`str`): folder or Hub id.
+        dtype (`torch.dtype` or `str`): of the weights that are not quantised.
+        quantization_config (*optional*): e.g. a `BitsAndBytesConfig`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run code from the model's repository.
+        kwargs: further arguments of `AutoModel.from_pretrained`.
+
+    Raises:
+        ConfigurationError: there is no such model, or it cannot be loaded.
+    """
+    if quantization_config is not None and torch.cuda.is_available():
+        # Quantised weights cannot be moved from one device to another later: each process loads onto its own.
+        kwargs.setdefault("device_map", {"": PartialState().local_process_index})
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub_arguments(kwargs))
+        if hasattr(config, "is_decoder"):
+            config.is_decoder = True
+        return AutoModel.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            quantization_config=quantization_config,
+            trust_remote_code=trust_remote_code,
+            **kwargs,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigurationError(_cannot_load("language model", name, error)) from error
+
+
+def ready_for_training(backbone: PreTrainedModel) -> PreTrainedModel:
+    """Freeze quantised weights, bring the others to full precision, and keep evaluation from changing them."""
+    if not getattr(backbone, "is_quantized", False):
+        return backbone
+    from peft import prepare_model_for_kbit_training
+
+    backbone = prepare_model_for_kbit_training(backbone, use_gradient_checkpointing=False)
+    for module in backbone.modules():
+        # bitsandbytes repacks 4-bit weights in the first evaluation on such CPUs, into a form that has no gradient and
+        # loses precision: training after an evaluation would fail.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return backbone
+
+
+def _cannot_load(what: str, name, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0]
+    return f"Cannot load the {what} {str(name)!r}: give a folder or a Hub id of a transformers model ({first_line})"
+
+
+def plain_config(backbone: PreTrainedModel) -> dict:
+    """The backbone's configuration as plain data, from which it can be built in floating point."""
+    config = backbone.config.to_dict()
+    config.pop("quantization_config", None)
+    return config
+
+
+def hidden_width(backbone: PreTrainedModel) -> int:
+    """Width of the hidden states."""
+    return backbone.config.get_text_config().hidden_size
+
+
+def embedding_scale(backbone: PreTrainedModel) -> float:
+    """Root mean square of the token embeddings as the first layer sees them, which is not always as they are kept."""
+    embedding = backbone.get_input_embeddings()
+    tokens = torch.arange(min(1024, embedding.num_embeddings), device=embedding.weight.device)
+    with torch.no_grad():
+        return embedding(tokens).float().square().mean().sqrt().item()
+
+
+def check_bare(backbone) -> None:
+    """Raise if a given model is not a backbone without head and adapter; names pass."""
+    if isinstance(backbone, (str, os.PathLike)):
+        return
+    if not isinstance(backbone, PreTrainedModel) or backbone.base_model is not backbone:
+        raise ConfigurationError(
+            f"{type(backbone).__name__} is not a bare backbone: give a folder, a Hub id, or a loaded model without "
+            "head (its `.base_model`) and without adapter, which goes into `peft_config`."
+        )
+
+
+@torch.no_grad()
+def check_causal(backbone: PreTrainedModel) -> None:
+    """Raise unless early states are blind to later tokens: else training would read the answers."""
+    vocabulary_size = backbone.get_input_embeddings().num_embeddings
+    tokens = torch.arange(1, 6, device=backbone.device).remainder(vocabulary_size)[None]
+    changed = tokens.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % vocabulary_size
+    was_training = backbone.training
+    backbone.eval()
+    first, second = (backbone(input_ids=ids).last_hidden_state[0, :-1].float() for ids in (tokens, changed))
+    backbone.train(was_training)
+    if not torch.allclose(first, second, atol=1e-3, rtol=1e-3):
+        raise ConfigurationError(
+            f"{type(backbone).__name__} is not causal: a later token changes earlier states. Give a decoder, or an "
+            "encoder whose configuration has `is_decoder`."
+        )
+
+
+# --- adapters ----------------------------------------------------------------------------------------------------
+
+
+def add_adapter(backbone: PreTrainedModel, peft_config):
+    """
+    Freeze a backbone and give it a new adapter.
+
+    Args:
+        backbone ([`~transformers.PreTrainedModel`]): the bare backbone.
+        peft_config ([`~peft.PeftConfig`]): LoRA (with DoRA, rsLoRA and the like) without `target_modules` gets all
+            linear layers, as in QLoRA; other kinds PEFT's own choice for the architecture.
+
+    Returns:
+        [`~peft.PeftModel`]
+
+    Raises:
+        ConfigurationError: PEFT finds nothing to adapt, or the kind works by virtual tokens.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if peft_config.is_prompt_learning:
+        raise ConfigurationError(
+            f"{type(peft_config).__name__} adds virtual tokens, and the prompt is this model's own: give an adapter "
+            "of the layers, e.g. LoraConfig()."
+        )
+    if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
+        peft_config = copy.copy(peft_config)
+        peft_config.target_modules = "all-linear"
+    try:
+        return get_peft_model(backbone, peft_config)
+    except ValueError as error:
+        raise ConfigurationError(f"PEFT cannot adapt {type(backbone).__name__}: {error}") from error
+
+
+def load_adapter(backbone: PreTrainedModel, folder: str, is_trainable: bool):
+    """A saved adapter on the backbone that it was trained on."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(backbone, folder, is_trainable=is_trainable)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigurationError(f"The adapter does not fit this {type(backbone).__name__}: {error}") from error
+
+
+def adapter_state(backbone, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of an adapted backbone's state those tensors that are the adapter's, under PEFT's own names."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(backbone, state_dict=state_dict)
+
+
+def save_adapter(backbone, tensors: dict[str, torch.Tensor], directory: str | os.PathLike) -> None:
+    """Write PEFT's two files, which PEFT alone can load onto the bare backbone."""
+    # Not PeftModel.save_pretrained: it would also write a model card that claims the whole repository for PEFT.
+    os.makedirs(directory, exist_ok=True)
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    save_file(tensors, os.path.join(directory, ADAPTER_WEIGHTS_NAME), metadata={"format": "pt"})
+    peft_config = copy.copy(backbone.peft_config["default"])
+    peft_config.inference_mode = True
+    peft_config.save_pretrained(directory)
+
+
+def load_adapter_weights(backbone, directory: str | os.PathLike) -> None:
+    """Bring saved adapter weights into an adapter of the same kind, in place."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(backbone, load_file(os.path.join(directory, ADAPTER_WEIGHTS_NAME)))
+
+
+def merge_adapter(backbone) -> PreTrainedModel:
+    """
+    The bare backbone with the adapter added to its weights. Quantised weights are turned back into floating point
+    first: added to them, the adapter would be rounded to as few bits as they have.
+    """
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    if not getattr(backbone.get_base_model(), "is_quantized", False):
+        return backbone.merge_and_unload()
+    peft_config, tensors = backbone.peft_config["default"], get_peft_model_state_dict(backbone)
+    backbone = get_peft_model(backbone.unload().dequantize(), peft_config)
+    set_peft_model_state_dict(backbone, tensors)
+    return backbone.merge_and_unload()

@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from llmd4rec_hf.data import SequenceCollator
+from llmd4rec_hf.distillation import TeacherCache, distillation_loss, teacher_cache
+from llmd4rec_hf.errors import CacheError, ConfigurationError
+from llmd4rec_hf.models import GRU4RecConfig, GRU4RecModel, SASRecConfig, SASRecModel
+
+
+NUM_ITEMS, MAX_LENGTH = 9, 6
+# Some shorter and some longer than what the teacher reads; row ids out of order and with gaps, as in a real split.
+ROWS = {4: [1, 2, 3, 4], 0: [5, 6], 9: [9, 8, 7, 6, 5, 4, 3, 2, 1, 2, 3], 2: [3, 3, 1, 7, 8, 9, 2], 5: [2, 9, 4]}
+
+
+def make_dataset(rows=ROWS):
+    sequences = [list(items) for items in rows.values()]
+    return Dataset.from_dict(
+        {
+            "user_id": [f"u{row}" for row in rows],
+            "item_ids": sequences,
+            "length": list(map(len, sequences)),
+            "row_id": list(rows),
+        }
+    )
+
+
+def make_teacher(seed=0, model=SASRecModel, config=SASRecConfig):
+    """
+    In double precision: the last bit of a state depends on the shape of the batch it was computed in, and so, but for
+    this, would the comparison of what is stored (float32) with what is computed live.
+    """
+    torch.manual_seed(seed)
+    return model(config(num_items=NUM_ITEMS, hidden_size=8, max_length=MAX_LENGTH)).double()
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return make_dataset()
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return make_teacher()
+
+
+@pytest.fixture
+def cache(teacher, dataset, tmp_path):
+    return TeacherCache.build(teacher, dataset, tmp_path / "cache", batch_size=2)
+
+
+def collate(dataset, order=None, max_length=MAX_LENGTH):
+    rows = dataset.select(order) if order is not None else dataset
+    return SequenceCollator(max_length)(list(rows))
+
+
+def lookup(cache, batch):
+    return cache.lookup(batch["row_id"], batch["labels"], batch["attention_mask"])
+
+
+@torch.no_grad()
+def live(teacher, batch):
+    was_training = teacher.training
+    hidden = teacher.eval().encode(batch["item_ids"], batch["attention_mask"])[batch["labels"] != -100]
+    teacher.train(was_training)
+    return hidden.float()
+
+
+# --- what it gives back ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [None, [4, 2, 0, 3, 1], [2], [1, 3]])
+def test_lookup_is_live_encoding_exactly(cache, teacher, dataset, order):
+    batch = collate(dataset, order)
+    hidden = lookup(cache, batch)
+    assert hidden.dtype == torch.float32
+    assert torch.equal(hidden, live(teacher, batch))
+
+
+def test_single_precision_is_stored_as_it_is(dataset, tmp_path):
+    """Batches of one row give live encoding the very shapes that the cache was computed with."""
+    teacher = make_teacher().float()
+    cache = TeacherCache.build(teacher, dataset, tmp_path / "cache", batch_size=1)
+    for row in range(len(dataset)):
+        batch = collate(dataset, [row])
+        assert torch.equal(lookup(cache, batch), live(teacher, batch))
+
+
+def test_item_matrix_is_the_teachers(cache, teacher):
+    assert torch.equal(cache.item_matrix, teacher.item_matrix().detach().float())
+
+
+@pytest.mark.parametrize(("model", "config"), [(SASRecModel, SASRecConfig), (GRU4RecModel, GRU4RecConfig)])
+def test_any_recommender(model, config, dataset, tmp_path):
+    teacher = make_teacher(1, model, config)
+    cache = TeacherCache.build(teacher, dataset, tmp_path / "cache")
+    batch = collate(dataset)
+    assert torch.equal(lookup(cache, batch), live(teacher, batch))
+
+
+@pytest.mark.parametrize("max_length", [1, 2, 4])
+def test_a_student_that_reads_less_finds_its_positions(cache, teacher, dataset, max_length):
+    """The teacher goes on to see its own, longer history: the student gets the newest of its positions."""
+    short, full = collate(dataset, max_length=max_length), collate(dataset)
+    hidden = live(teacher, full).split((full["labels"] != -100).sum(dim=1).tolist())
+    expected = torch.cat([states[-max_length:] for states in hidden])
+    assert torch.equal(lookup(cache, short), expected)
+
+
+def test_only_some_positions_are_labelled(cache, teacher, dataset):
+    """Wherever a student asks, not only at every item: say, at the last one alone."""
+    batch = collate(dataset)
+    last = batch["attention_mask"].sum(dim=1) - 1
+    labels = torch.full_like(batch["labels"], -100)
+    rows = torch.arange(len(last))
+    labels[rows, last] = batch["labels"][rows, last]
+    batch["labels"] = labels
+    assert torch.equal(lookup(cache, batch), live(teacher, batch))
+
+
+def test_no_labelled_position(cache, dataset):
+    batch = collate(dataset)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    assert lookup(cache, batch).shape == (0, 8)
+
+
+def test_what_is_looked_up_may_be_written_to(cache, dataset):
+    batch = collate(dataset)
+    before = lookup(cache, batch)
+    lookup(cache, batch).zero_()
+    assert torch.equal(lookup(cache, batch), before)
+
+
+@pytest.mark.parametrize("format_name", [None, "numpy", "torch"])
+def test_datasets_of_any_format(teacher, dataset, tmp_path, format_name):
+    cache = TeacherCache.build(teacher, dataset.with_format(format_name), tmp_path / "cache")
+    cache.check(dataset=dataset)
+    batch = collate(dataset)
+    assert torch.equal(lookup(cache, batch), live(teacher, batch))
+
+
+def test_kl_through_the_cache_is_kl_through_live_scores(cache, teacher, dataset):
+    student = make_teacher(7).float().eval()
+    batch = collate(dataset, max_length=MAX_LENGTH)
+    keep = batch["labels"] != -100
+    hidden = student.encode(batch["item_ids"])[keep]
+    matrix, labels = student.item_matrix(), batch["labels"][keep]
+    cached = distillation_loss(hidden, matrix, labels, lookup(cache, batch), cache.item_matrix, weighting="none")
+    scores = (hidden @ matrix.T)[:, 1:]
+    teacher_scores = (live(teacher, batch) @ teacher.item_matrix().float().T)[:, 1:]
+    expected = torch.nn.functional.kl_div(
+        scores.log_softmax(dim=1), teacher_scores.log_softmax(dim=1), log_target=True, reduction="batchmean"
+    )
+    assert expected.item() > 1e-3
+    assert cached.kl.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_teacher_is_left_as_it_was(dataset, tmp_path, training):
+    teacher = make_teacher().train(training)
+    before = teacher.content_hash()
+    TeacherCache.build(teacher, dataset, tmp_path / "cache")
+    assert teacher.content_hash() == before
+    assert all(module.training == training for module in teacher.modules())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_files(cache, tmp_path):
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"], "a .partial folder is left"
+    names = sorted(path.name for path in cache.directory.iterdir())
+    assert names == ["hidden-00000-of-00001.npy", "item_matrix.safetensors", "manifest.json", "offsets.npy"]
+    for path in cache.directory.glob("*.npy"):
+        assert np.load(path, allow_pickle=False).dtype in (np.float32, np.int64)
+    positions = sum(min(len(items) - 1, MAX_LENGTH) for items in ROWS.values())
+    assert cache.manifest["positions"] == positions
+    assert repr(cache) == f"TeacherCache({positions} positions of width 8, 9 items)"
+
+
+def test_a_file_with_python_objects_is_refused(cache):
+    """Even with a manifest that vouches for it: a cache may come from elsewhere, and unpickling runs code."""
+    path = cache.directory / "offsets.npy"
+    np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    cache.manifest["files"]["offsets.npy"] = teacher_cache._file_facts(path)
+    (cache.directory / "manifest.json").write_text(json.dumps(cache.manifest))
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        TeacherCache(cache.directory)
+
+
+def test_build_replaces_what_is_there(cache, dataset, tmp_path):
+    (cache.directory / "stray").touch()
+    leftover = tmp_path / "cache.partial"
+    leftover.mkdir()
+    (leftover / "torn").touch()
+    other = make_teacher(1)
+    rebuilt = TeacherCache.build(other, dataset, cache.directory)
+    rebuilt.check(teacher=other)
+    assert not (cache.directory / "stray").exists()
+    assert not leftover.exists()
+
+
+def test_a_build_that_fails_leaves_the_old_cache(cache, teacher, dataset, monkeypatch):
+    monkeypatch.setattr(SASRecModel, "encode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        TeacherCache.build(make_teacher(1), dataset, cache.directory)
+    TeacherCache(cache.directory).check(teacher=teacher, dataset=dataset)
+
+
+def test_a_teacher_cannot_be_made_to_read_more_than_it_can(teacher, dataset, tmp_path):
+    with pytest.raises(ConfigurationError, match="reads at most 6"):
+        TeacherCache.build(teacher, dataset, tmp_path / "cache", max_length=7)
+
+
+@pytest.mark.parametrize("row_ids", [[0, 1, 1, 2, 3], [0, 1, -1, 2, 3]])
+def test_bad_row_ids(teacher, dataset, tmp_path, row_ids):
+    rows = dataset.remove_columns("row_id").add_column("row_id", row_ids)
+    with pytest.raises(CacheError, match="unique, non-negative row ids"):
+        TeacherCache.build(teacher, rows, tmp_path / "cache")
+
+
+# --- more processes than one -----------------------------------------------------------------------------------------
+
+
+def build_with_processes(monkeypatch, processes, teacher, dataset, directory):
+    """Threads take the place of processes: each has its own index and teacher, and they meet at a barrier."""
+    barrier = threading.Barrier(processes, timeout=60)
+    local = threading.local()
+
+    class State:
+        num_processes = processes
+        process_index = property(lambda self: local.index)
+        is_main_process = property(lambda self: local.index == 0)
+        wait_for_everyone = staticmethod(barrier.wait)
+
+    monkeypatch.setattr(teacher_cache, "PartialState", State)
+
+    def run(index):
+        local.index = index
+        try:
+            return TeacherCache.build(copy.deepcopy(teacher), dataset, directory, batch_size=2)
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(processes) as pool:
+        return list(pool.map(run, range(processes)))
+
+
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_every_process_writes_its_rows(monkeypatch, teacher, dataset, tmp_path, processes):
+    """Eight processes for five rows: some have nothing to write."""
+    caches = build_with_processes(monkeypatch, processes, teacher, dataset, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("hidden-*.npy"))) == processes
+    for cache in caches:
+        cache.check(dataset=dataset, teacher=teacher)
+        for order in ([4, 2, 0, 3, 1], [3]):
+            batch = collate(dataset, order)
+            assert torch.equal(lookup(cache, batch), live(teacher, batch))
+        assert lookup(cache, collate(dataset, max_length=2)).shape == (9, 8)
+
+
+def test_a_shard_of_another_process_is_checked_too(monkeypatch, teacher, dataset, tmp_path):
+    build_with_processes(monkeypatch, 2, teacher, dataset, tmp_path / "cache")
+    (tmp_path / "cache" / "hidden-00001-of-00002.npy").unlink()
+    with pytest.raises(CacheError, match="hidden-00001-of-00002.npy is missing, torn or altered"):
+        TeacherCache(tmp_path / "cache")
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_cache(tmp_path):
+    with pytest.raises(CacheError, match="There is no teacher cache in .*nowhere: build it with TeacherCache.build"):
+        TeacherCache(tmp_path / "nowhere")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, flip_a_byte, lambda path: path.unlink()], ids=["torn", "flipped", "gone"]
+)
+@pytest.mark.parametrize("name", ["hidden-00000-of-00001.npy", "offsets.npy", "item_matrix.safetensors"])
+def test_damaged_files(cache, name, damage):
+    damage(cache.directory / name)
+    with pytest.raises(CacheError, match=f"{name} is missing, torn or altered: build .* again"):
+        TeacherCache(cache.directory)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '"text"', "null"])
+def test_damaged_manifest(cache, content):
+    (cache.directory / "manifest.json").write_text(content)
+    with pytest.raises(CacheError, match=r"manifest.json is damaged .*build it with TeacherCache.build again"):
+        TeacherCache(cache.directory)
+
+
+def test_another_format_version(cache):
+    cache.manifest["format_version"] = 99
+    (cache.directory / "manifest.json").write_text(json.dumps(cache.manifest))
+    with pytest.raises(CacheError, match="format version 99, this package reads 1"):
+        TeacherCache(cache.directory)
+
+
+def test_check_passes(cache, teacher, dataset):
+    cache.check()
+    cache.check(num_items=NUM_ITEMS, dataset=dataset, teacher=teacher)
+
+
+def test_check_against_something_else(cache):
+    changed = ROWS | {5: [2, 9, 5]}
+    for other, name in [
+        ({"num_items": NUM_ITEMS + 1}, "num_items"),
+        ({"dataset": make_dataset(changed)}, "data_hash"),
+        ({"dataset": make_dataset().select([0, 1])}, "data_hash"),
+        ({"teacher": make_teacher(1)}, "teacher_hash"),
+    ]:
+        with pytest.raises(CacheError, match=f"does not fit: its {name} is .* Build it again"):
+            cache.check(**other)
+
+
+@pytest.mark.parametrize("row", [10, 1, 8, -1])
+def test_a_row_that_was_not_cached(cache, dataset, row):
+    """Beyond the last row id, between two, and below the first; beside rows that are there."""
+    batch = collate(dataset, [0, 1])
+    batch["row_id"][1] = row
+    with pytest.raises(CacheError, match=f"Row {row} is not in the teacher cache"):
+        lookup(cache, batch)
+
+
+def test_a_student_that_reads_more(teacher, dataset, tmp_path):
+    cache = TeacherCache.build(teacher, dataset, tmp_path / "cache", max_length=3)
+    lookup(cache, collate(dataset, max_length=3))
+    with pytest.raises(CacheError, match="The student reads more of row 9 than its teacher did: .* max_length"):
+        lookup(cache, collate(dataset, [0, 2], max_length=4))
+
+
+# --- reuse -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Counts the caches that are built."""
+    calls = []
+    build = TeacherCache.build.__func__
+    monkeypatch.setattr(
+        TeacherCache,
+        "build",
+        classmethod(lambda cls, *args, **kwargs: calls.append(args) or build(cls, *args, **kwargs)),
+    )
+    return calls
+
+
+def test_for_teacher_builds_once(builds, teacher, dataset, tmp_path):
+    for _ in range(3):
+        cache = TeacherCache.for_teacher(teacher, dataset, tmp_path / "cache", batch_size=2)
+        assert torch.equal(lookup(cache, collate(dataset)), live(teacher, collate(dataset)))
+    assert len(builds) == 1
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, flip_a_byte, lambda path: path.unlink()], ids=["torn", "flipped", "gone"]
+)
+@pytest.mark.parametrize("name", ["hidden-00000-of-00001.npy", "manifest.json"])
+def test_for_teacher_rebuilds_what_is_broken(builds, teacher, dataset, tmp_path, name, damage):
+    TeacherCache.for_teacher(teacher, dataset, tmp_path / "cache")
+    damage(tmp_path / "cache" / name)
+    cache = TeacherCache.for_teacher(teacher, dataset, tmp_path / "cache")
+    assert len(builds) == 2
+    assert torch.equal(lookup(cache, collate(dataset)), live(teacher, collate(dataset)))
+
+
+def test_for_teacher_rebuilds_for_another_teacher_data_or_length(builds, teacher, dataset, tmp_path):
+    TeacherCache.for_teacher(teacher, dataset, tmp_path / "cache", max_length=3)
+    TeacherCache.for_teacher(teacher, dataset, tmp_path / "cache")
+    cache = TeacherCache.for_teacher(teacher, dataset, tmp_path / "cache")
+    assert len(builds) == 2
+    assert torch.equal(lookup(cache, collate(dataset)), live(teacher, collate(dataset)))
+    other = make_teacher(1)
+    TeacherCache.for_teacher(other, dataset, tmp_path / "cache").check(teacher=other)
+    fewer = dataset.select([0, 1])
+    TeacherCache.for_teacher(other, fewer, tmp_path / "cache").check(dataset=fewer)
+    assert len(builds) == 4

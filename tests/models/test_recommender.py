@@ -1,0 +1,433 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every recommender must keep to, and what all of them get from the base class."""
+
+from __future__ import annotations
+
+import inspect
+import json
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+
+from llmd4rec_hf.data import ItemVocabulary, SequenceCollator
+from llmd4rec_hf.errors import ConfigurationError, DataError
+from llmd4rec_hf.models import Recommendations, RecommenderModel, RecommenderOutput
+
+
+# Shapes choose the order in which products are summed up; nothing else may tell two computations of a state apart.
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+@torch.no_grad()
+def encode(model, ids, mask=None):
+    return model.encode(torch.tensor(ids), None if mask is None else torch.tensor(mask))
+
+
+# --- the protocol ----------------------------------------------------------------------------------------------------
+
+
+def test_shapes(kind, still_model, batch, sizes):
+    model = still_model(kind)
+    matrix = model.item_matrix()
+    assert matrix.shape[0] == sizes.num_items + 1
+    assert model.encode(batch["item_ids"], batch["attention_mask"]).shape == (4, 5, matrix.shape[1])
+    assert model.encode_last(batch["item_ids"], batch["attention_mask"]).shape == (4, matrix.shape[1])
+
+
+@pytest.mark.parametrize("position", [0, 2, 4])
+def test_no_state_depends_on_a_later_item(kind, still_model, position):
+    model = still_model(kind)
+    ids = [[3, 1, 4, 1, 5]]
+    changed = [list(ids[0])]
+    changed[0][position] = 9
+    before, after = encode(model, ids)[0], encode(model, changed)[0]
+    assert torch.equal(before[:position], after[:position])
+    # And each later one does depend on it: the test would see a leak.
+    assert ((before[position:] - after[position:]).abs().amax(dim=1) > 1e-3).all()
+
+
+def test_no_state_depends_on_its_neighbours(kind, still_model):
+    model = still_model(kind)
+    first = encode(model, [[3, 1, 4], [9, 2, 6], [5, 5, 0]])
+    second = encode(model, [[7, 8, 0], [9, 2, 6], [12, 1, 10]])
+    assert torch.equal(first[1], second[1])
+
+
+def test_no_state_depends_on_the_batch_or_its_padding(kind, still_model):
+    model = still_model(kind)
+    rows = [[3, 1, 4, 1, 5, 9, 2], [9, 2], [12], [6, 5, 3, 8]]
+    width = max(map(len, rows))
+    together = encode(model, [row + [0] * (width - len(row)) for row in rows])
+    for row, states in zip(rows, together, strict=True):
+        alone = encode(model, [row])[0]
+        torch.testing.assert_close(states[: len(row)], alone, **CLOSE)
+        padded = encode(model, [row + [0] * (width - len(row))])[0, : len(row)]
+        torch.testing.assert_close(padded, alone, **CLOSE)
+
+
+def test_the_mask_is_optional(kind, still_model, batch):
+    model = still_model(kind)
+    real = batch["attention_mask"].bool()
+    with_mask = model.encode(batch["item_ids"], batch["attention_mask"])[real]
+    assert torch.equal(model.encode(batch["item_ids"])[real], with_mask)
+
+
+def test_encode_last(kind, still_model, batch):
+    model = still_model(kind)
+    states = model.encode(batch["item_ids"], batch["attention_mask"])
+    expected = torch.stack([states[0, 4], states[1, 1], states[2, 0], states[3, 3]])
+    torch.testing.assert_close(model.encode_last(batch["item_ids"], batch["attention_mask"]), expected, **CLOSE)
+    torch.testing.assert_close(model.encode_last(batch["item_ids"]), expected, **CLOSE)
+
+
+def test_the_items_matter(kind, still_model):
+    model = still_model(kind)
+    assert model.item_matrix()[1:].var(dim=0).min() > 1e-4
+    states = encode(model, [[item] for item in range(1, model.config.num_items + 1)])[:, 0]
+    assert torch.pdist(states).min() > 1e-3
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divisor", [None, 5, torch.tensor(20)], ids=["mean", "int", "tensor"])
+def test_loss_is_cross_entropy_over_the_items(kind, still_model, batch, divisor):
+    model = still_model(kind)
+    output = model(**batch, num_items_in_batch=divisor)
+    keep = batch["labels"] != -100
+    scores = (output.hidden @ output.item_matrix.T)[keep][:, 1:]
+    expected = F.cross_entropy(scores, batch["labels"][keep] - 1, reduction="sum")
+    torch.testing.assert_close(output.loss, expected / (11 if divisor is None else int(divisor)))
+
+
+def test_forward_without_labels(kind, still_model, batch):
+    model = still_model(kind)
+    labels = batch.pop("labels")
+    output = model(**batch, row_id=torch.arange(4))
+    assert isinstance(output, RecommenderOutput)
+    assert output.loss is None
+    assert torch.equal(output.item_matrix, model.item_matrix())
+    assert output.hidden.shape[:2] == labels.shape
+
+
+def test_last_only(kind, still_model, batch):
+    model = still_model(kind)
+    del batch["labels"]
+    assert torch.equal(model(**batch, last_only=True).hidden, model.encode_last(**batch))
+
+
+def test_training_lowers_the_loss_and_reaches_every_weight(kind, make_model, batch):
+    model = make_model(kind)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.SGD(trainable.values(), lr=1e-3)
+    first = model(**batch).loss
+    first.backward()
+    # What a tiny batch cannot reach: words that no prompt holds are looked up, not left out.
+    without = [name for name, parameter in trainable.items() if parameter.grad is None or not parameter.grad.any()]
+    assert not without
+    assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+    optimizer.step()
+    assert model(**batch).loss < first
+
+
+def test_the_padding_row_is_not_trained(crm_kind, make_model, batch):
+    model = make_model(crm_kind)
+    model(**batch).loss.backward()
+    assert not model.item_matrix()[0].any()
+    assert not model.item_embedding.weight.grad[0].any()
+
+
+def test_batches_of_the_collator_fit(kind, still_model):
+    model = still_model(kind)
+    rows = [{"item_ids": [1, 2, 3], "row_id": 0}, {"item_ids": list(range(1, 13)), "row_id": 1}]
+    output = model(**SequenceCollator(model.config.max_length)(rows))
+    assert output.hidden.shape[:2] == (2, 7)
+    assert output.loss.isfinite()
+
+
+def test_what_a_trainer_looks_for(kind, still_model):
+    model = still_model(kind)
+    assert list(inspect.signature(type(model).forward).parameters)[1:4] == ["item_ids", "attention_mask", "labels"]
+    assert model.accepts_loss_kwargs
+    assert model.main_input_name == "item_ids"
+    assert model.config.keys_to_ignore_at_inference == ["hidden", "item_matrix"]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def assert_same_model(loaded, model, batch):
+    assert torch.equal(loaded.item_matrix(), model.item_matrix())
+    for name in ("encode", "encode_last"):
+        arguments = batch["item_ids"], batch["attention_mask"]
+        assert torch.equal(getattr(loaded, name)(*arguments), getattr(model, name)(*arguments))
+    assert loaded.content_hash() == model.content_hash()
+
+
+def test_saved_and_loaded_it_is_the_same(kind, still_model, batch, tmp_path):
+    model = still_model(kind)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert not any(module.training for module in loaded.modules())
+    assert_same_model(loaded, model, batch)
+    names = inspect.signature(type(model.config).__init__).parameters.keys() - {"self", "kwargs"}
+    assert len(names) >= 5
+    saved, found = ({name: getattr(each.config, name) for name in names} for each in (model, loaded))
+    assert found == json.loads(json.dumps(saved))
+
+
+def test_auto_classes(kind, still_model, batch, tmp_path):
+    model = still_model(kind)
+    model.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert_same_model(loaded, model, batch)
+
+
+@pytest.mark.parametrize("ids", [list(range(100, 112)), [f"B{number:02}" for number in range(12)]], ids=["int", "str"])
+def test_the_vocabulary_travels_with_the_model(make_model, titles, tmp_path, ids):
+    for kind in ("sasrec", "llm-lora"):
+        model = make_model(kind)
+        model.vocabulary = ItemVocabulary(ids, titles)
+        model.save_pretrained(tmp_path / kind)
+        loaded = type(model).from_pretrained(tmp_path / kind)
+        assert loaded.vocabulary == model.vocabulary
+        assert loaded.recommend([ids[:2]], k=3).ids == model.recommend([ids[:2]], k=3).ids
+        assert AutoModel.from_pretrained(tmp_path / kind).vocabulary == model.vocabulary
+
+
+def test_no_vocabulary_is_fine(crm_kind, still_model, tmp_path):
+    still_model(crm_kind).save_pretrained(tmp_path)
+    assert type(still_model(crm_kind)).from_pretrained(tmp_path).vocabulary is None
+
+
+def test_only_the_main_process_writes(kind, still_model, tmp_path):
+    model = still_model(kind)
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not list((tmp_path / "other").glob("*"))
+
+
+def test_a_given_state_is_saved(kind, make_model, tmp_path):
+    """As FSDP and DeepSpeed do: the model's own tensors are not what is to be written."""
+    model, other = make_model(kind), make_model(kind, seed=1)
+    assert model.content_hash() != other.content_hash()
+    model.save_pretrained(tmp_path, state_dict=other.state_dict())
+    assert type(model).from_pretrained(tmp_path).content_hash() == other.content_hash()
+
+
+def test_load_weights_in_place(kind, make_model, batch, tmp_path):
+    model, other = make_model(kind).eval(), make_model(kind, seed=1).eval()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    identities = [id(parameter) for parameter in model.parameters()]
+    other.save_pretrained(tmp_path)
+    model.load_weights(tmp_path)
+    assert_same_model(model, other, batch)
+    assert [id(parameter) for parameter in model.parameters()] == identities
+
+
+def test_content_hash_changes_with_any_saved_value(kind, make_model, tmp_path):
+    model = make_model(kind)
+    first = model.content_hash()
+    assert first == model.eval().content_hash() == make_model(kind).content_hash()
+    assert len(first) == 64
+    hashes = {first}
+    for value in model.portable_state().values():
+        last = value.view(-1)[-1:]
+        kept = last.clone()
+        last.add_(0.5)
+        hashes.add(model.content_hash())
+        last.copy_(kept)
+    assert len(hashes) == 1 + len(model.portable_state())
+    assert model.content_hash() == first
+
+
+def test_content_hash_sees_names_shapes_and_dtypes(make_model, monkeypatch):
+    model = make_model("sasrec")
+    hashes = set()
+    for state in (
+        {"a": torch.zeros(4)},
+        {"b": torch.zeros(4)},
+        {"a": torch.zeros(2, 2)},
+        {"a": torch.zeros(4, dtype=torch.int32)},
+        {"a": torch.zeros(8, dtype=torch.bfloat16)},
+        {"a": torch.tensor(0.0)},
+        {"a": torch.tensor(True)},
+        {"a": torch.zeros(0)},
+    ):
+        monkeypatch.setattr(model, "portable_state", lambda state=state: state)
+        hashes.add(model.content_hash())
+    assert len(hashes) == 8
+    transposed = {"a": torch.arange(6.0).view(2, 3).T}
+    monkeypatch.setattr(model, "portable_state", lambda: transposed)
+    first = model.content_hash()
+    transposed["a"] = transposed["a"].contiguous()
+    assert model.content_hash() == first
+
+
+def test_portable_state_is_what_is_written(crm_kind, still_model, tmp_path):
+    model = still_model(crm_kind)
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == model.portable_state().keys()
+
+
+# --- recommend -------------------------------------------------------------------------------------------------------
+
+
+class TableConfig(PreTrainedConfig):
+    model_type = "test-table"
+    num_items: int = 5
+    max_length: int = 3
+
+
+# Row: the last item of a history. Column: the score of the item that comes next.
+TABLE = torch.tensor(
+    [
+        [9.0, 9.0, 9.0, 9.0, 9.0, 9.0],
+        [9.0, 0.5, 0.4, 0.3, 0.2, 0.1],
+        [9.0, 0.1, 0.2, 0.3, 0.4, 0.5],
+        [9.0, -5.0, -4.0, -3.0, -1.0, -2.0],
+        [9.0, 7.0, 0.0, 8.0, 6.0, 5.0],
+        [9.0, 1.0, 2.0, 5.0, 4.0, 3.0],
+    ]
+)
+
+
+class TableModel(RecommenderModel):
+    """A recommender whose scores can be read off: also the least that a recommender of one's own must do."""
+
+    config_class = TableConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.table = torch.nn.Parameter(TABLE.T.clone())
+        self.widths = []
+
+    def encode(self, item_ids, attention_mask=None):
+        self.widths.append(tuple(item_ids.shape))
+        return F.one_hot(item_ids, self.config.num_items + 1).float()
+
+    def item_matrix(self):
+        return self.table
+
+
+@pytest.fixture(params=[[f"B{number}" for number in range(1, 6)], [10, 20, 30, 40, 50]], ids=["str", "int"])
+def table(request):
+    model = TableModel(TableConfig())
+    model.vocabulary = ItemVocabulary(request.param)
+    model.external = lambda *internal: [request.param[item - 1] for item in internal]
+    return model
+
+
+def test_recommend(table):
+    e = table.external
+    found = table.recommend([e(1), e(1, 2), e(5, 3)], k=2)
+    assert isinstance(found, Recommendations)
+    assert found.ids == [e(2, 3), e(5, 4), e(4, 2)]
+    assert found.scores == [pytest.approx([0.4, 0.3]), pytest.approx([0.5, 0.4]), pytest.approx([-1.0, -4.0])]
+    assert all(type(item) is type(e(1)[0]) for items in found.ids for item in items)
+
+
+def test_recommend_seen_items(table):
+    e = table.external
+    assert table.recommend([e(1)], k=2, filter_seen=False).ids == [e(1, 2)]
+    # Seen long ago, beyond what the model reads, is seen all the same.
+    assert table.recommend([e(4, 3, 2, 1, 5)], k=5).ids == [[]]
+    assert table.recommend([e(3, 2, 1, 1, 5)], k=5).ids == [e(4)]
+
+
+def test_recommend_among_candidates(table):
+    e = table.external
+    assert table.recommend([e(1), e(2)], candidates=e(4, 2)).ids == [e(2, 4), e(4)]
+    assert table.recommend([e(1)], candidates=iter(e(1, 5)), filter_seen=False).ids == [e(1, 5)]
+    assert table.recommend([e(1)], candidates=e(1)).ids == [[]]
+    assert table.recommend([e(1)], candidates=[]).ids == [[]]
+
+
+def test_recommend_more_than_there_is(table):
+    found = table.recommend([table.external(1)], k=100, filter_seen=False)
+    assert found.ids == [table.external(1, 2, 3, 4, 5)], "the padding item is never recommended"
+    assert len(found.scores[0]) == 5
+
+
+def test_recommend_in_batches(table):
+    e = table.external
+    histories = [e(item) for item in (1, 2, 3, 4, 5, 1, 2)]
+    whole = table.recommend(histories, k=3)
+    table.widths.clear()
+    assert table.recommend(histories, k=3, batch_size=2) == whole
+    assert table.widths == [(2, 1), (2, 1), (2, 1), (1, 1)]
+    assert table.recommend([]) == Recommendations([], [])
+
+
+def test_recommend_reads_the_newest_items(table):
+    table.recommend([table.external(1, 2, 3, 4, 5)])
+    assert table.widths == [(1, 3)]
+
+
+def test_recommend_unknown_items(table):
+    e = table.external
+    unknown = type(e(1)[0])("99")
+    with pytest.raises(DataError, match="not in the vocabulary, first '?99"):
+        table.recommend([[*e(1), unknown]])
+    with pytest.raises(DataError, match="not in the vocabulary"):
+        table.recommend([e(1)], candidates=[unknown])
+    found = table.recommend([[*e(1), unknown]], k=1, on_unknown="ignore", candidates=[unknown, *e(3)])
+    assert found.ids == [e(3)]
+    with pytest.raises(DataError, match="History 1 holds no known item"):
+        table.recommend([e(1), [unknown]], on_unknown="ignore")
+    with pytest.raises(DataError, match="History 0 holds no known item"):
+        table.recommend([[]])
+
+
+def test_recommend_errors(table):
+    with pytest.raises(ConfigurationError, match="k must be at least 1, got 0"):
+        table.recommend([table.external(1)], k=0)
+    table.vocabulary = None
+    with pytest.raises(ConfigurationError, match="set `model.vocabulary`"):
+        table.recommend([[1]])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_recommend_runs_in_evaluation_mode(make_model, training):
+    """Dropout must be off meanwhile, and on again afterwards."""
+    model = make_model("sasrec", dropout=0.5).train(training)
+    model.vocabulary = ItemVocabulary(list(range(1, 13)))
+    assert model.recommend([[1, 2, 3]], k=5) == model.recommend([[1, 2, 3]], k=5)
+    assert all(module.training == training for module in model.modules())
+
+
+def test_recommend_is_the_highest_scores(kind, still_model, batch):
+    model = still_model(kind)
+    model.vocabulary = ItemVocabulary(list(range(1, 13)))
+    histories = [ids[ids > 0].tolist() for ids in batch["item_ids"]]
+    found = model.recommend(histories, k=3)
+    scores = model.encode_last(batch["item_ids"]) @ model.item_matrix().T
+    model.vocabulary = None
+    for history, row, ids, values in zip(histories, scores, found.ids, found.scores, strict=True):
+        best = [item for item in row.argsort(descending=True).tolist() if item and item not in history][:3]
+        assert ids == best
+        assert values == pytest.approx(row[best].tolist(), rel=1e-4)
+
+
+def test_recommendations_as_a_table():
+    table = Recommendations([["a", "b"], [], ["c"]], [[2.0, 1.0], [], [0.5]]).to_pandas()
+    expected = pd.DataFrame(
+        {"history": [0, 0, 2], "item_id": ["a", "b", "c"], "score": [2.0, 1.0, 0.5], "rank": [1, 2, 1]}
+    )
+    pd.testing.assert_frame_equal(table, expected)
+
+
+def test_what_a_subclass_must_implement():
+    model = RecommenderModel(TableConfig())
+    with pytest.raises(NotImplementedError, match="RecommenderModel must implement `encode`"):
+        model.encode(torch.tensor([[1]]))
+    with pytest.raises(NotImplementedError, match="RecommenderModel must implement `item_matrix`"):
+        model.item_matrix()
