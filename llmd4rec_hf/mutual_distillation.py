@@ -27,6 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .data import ItemVocabulary, data_hash
+from .data.arrow import column_array
 from .errors import ConfigurationError, RunStateError
 from .evaluation import ranking_metrics
 from .evaluation.report import write_report
@@ -360,7 +361,7 @@ class MutualDistillation:
                 "name": self.config.dataset_name,
                 "users": len(self.sequences["test"]),
                 "items": len(self.vocabulary),
-                "interactions": sum(self.sequences["test"]["length"]),
+                "interactions": int(column_array(self.sequences["test"], "length").sum()),
                 "hash": data_hash(self.sequences["test"]),
                 **(self.config.dataset_facts or {}),
             },

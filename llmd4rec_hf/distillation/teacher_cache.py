@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..data import SequenceCollator, data_hash
+from ..data.arrow import column_array
 from ..errors import CacheError
 
 
@@ -198,8 +199,8 @@ class TeacherCache:
 
 def _write_shards(teacher, dataset, directory: Path, collator, batch_size: int, state: PartialState) -> list[str]:
     """Write this process's shard and the offsets; returns the names of all shards."""
-    row_ids = np.asarray(dataset["row_id"], dtype=np.int64)
-    counts = np.minimum(np.asarray(dataset["length"], dtype=np.int64) - 1, collator.max_length)
+    row_ids = column_array(dataset, "row_id").astype(np.int64)
+    counts = np.minimum(column_array(dataset, "length").astype(np.int64) - 1, collator.max_length)
     if len(np.unique(row_ids)) < len(row_ids) or row_ids.min(initial=0) < 0:
         raise CacheError("A teacher cache needs unique, non-negative row ids: `row_id` repeats or is negative.")
     # One entry per id up to the largest: ids that are not in this split own no position.

@@ -13,6 +13,7 @@ from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, Trainin
 from transformers.trainer_utils import HubStrategy, PredictionOutput
 
 from ..data import RankingCollator, SequenceCollator
+from ..data.arrow import column_array
 from ..distillation import TeacherCache, distillation_loss
 from ..errors import ConfigurationError
 from ..evaluation import ranking_metrics, score_targets
@@ -132,12 +133,12 @@ class DistillationTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         together = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthBucketSampler(train_dataset["length"], together, seed)
+        return LengthBucketSampler(column_array(train_dataset, "length"), together, seed)
 
     def _get_eval_sampler(self, eval_dataset: Dataset):
         if not self.settings.length_bucketing or not _has_lengths(eval_dataset):
             return super()._get_eval_sampler(eval_dataset)
-        return LengthSortedSampler(eval_dataset["length"])
+        return LengthSortedSampler(column_array(eval_dataset, "length"))
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As in `Trainer`; batches also carry each row's whole history, which the model may not read to the end."""
@@ -231,7 +232,7 @@ class DistillationTrainer(Trainer):
         """Supervised positions per training row."""
         max_length = self.model.config.max_length
         if self.__dict__.get("_mean_positions_of") != (id(self.train_dataset), max_length):
-            positions = np.asarray(self.train_dataset["length"]) - 1
+            positions = column_array(self.train_dataset, "length") - 1
             self._mean_positions_value = float(np.minimum(positions, max_length).mean())
             self._mean_positions_of = (id(self.train_dataset), max_length)
         return self._mean_positions_value
