@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A narrower teacher: the best low-rank form of its scores, with its error known beforehand.
+
+A teacher of width 1024 costs a student of width 64 many times its own step, all of it in `hidden @ item_matrix.T`. But
+what a trained teacher says seldom fills its width. Among all factorisations of a given rank the one below is closest
+to the full score matrix (Eckart and Young, 1936), and it is found without ever forming that matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class LowRankTeacher:
+    """
+    A teacher's scores in fewer dimensions: `scores = (hidden @ projection) @ item_matrix.T`.
+
+    Attributes:
+        projection (`torch.Tensor` of shape `(d_t, r)`): takes the teacher's hidden states to the new width.
+        item_matrix (`torch.Tensor` of shape `(N + 1, r)`): the new item matrix; row 0 is padding.
+        error (`float`): root mean square error of a score, in nats, over the positions that were counted and all
+            items. A constant added to all of a position's scores is no error: no softmax sees it.
+    """
+
+    projection: torch.Tensor
+    item_matrix: torch.Tensor
+    error: float
+
+
+def reduce_teacher(hidden_moment: torch.Tensor, item_matrix: torch.Tensor, max_error: float) -> LowRankTeacher:
+    r"""
+    The narrowest form of a teacher whose scores are off by at most `max_error`.
+
+    With the items' second moment $W^\top W = R^\top R$, the scores $H W^\top = (H R^\top)(W R^{-1})^\top$ have
+    orthonormal columns on the right, so their best approximation of rank r keeps the r largest principal axes of
+    $H R^\top$, which are eigenvectors of $R\,(H^\top H)\,R^\top$; the eigenvalues left out add up to the squared
+    error.
+
+    Args:
+        hidden_moment (`torch.Tensor` of shape `(d_t, d_t)`): mean of $h h^\top$ over positions.
+        item_matrix (`torch.Tensor` of shape `(N + 1, d_t)`): the teacher's item matrix; row 0 is padding.
+        max_error (`float`): largest root mean square error of a score, in nats.
+
+    Returns:
+        [`LowRankTeacher`]
+    """
+    items = item_matrix[1:].double()
+    # What all items share shifts every score of a position alike.
+    items = items - items.mean(dim=0)
+    root, inverse_root = _square_roots(items.T @ items)
+    values, axes = torch.linalg.eigh(root @ hidden_moment.double() @ root)
+    values, axes = values.flip(0).clamp_min(0), axes.flip(1)
+    errors = (values.flip(0).cumsum(0).flip(0) / items.shape[0]).sqrt()
+    # errors[r] is the error of keeping r axes; one is kept at least.
+    rank = max(1, int((errors > max_error).sum()))
+    kept = axes[:, :rank]
+    reduced = torch.zeros(item_matrix.shape[0], rank, dtype=torch.float64, device=items.device)
+    reduced[1:] = items @ (inverse_root @ kept)
+    error = float(errors[rank]) if rank < len(errors) else 0.0
+    return LowRankTeacher((root @ kept).to(item_matrix.dtype), reduced.to(item_matrix.dtype), error)
+
+
+def _square_roots(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The symmetric square root of a second moment and its pseudo-inverse."""
+    values, axes = torch.linalg.eigh(moment)
+    values = values.clamp_min(0)
+    roots = values.sqrt()
+    inverse = torch.where(values > values.max() * 1e-14, 1 / roots.clamp_min(1e-300), 0.0)
+    return (axes * roots) @ axes.T, (axes * inverse) @ axes.T

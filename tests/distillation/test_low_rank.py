@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmd4rec_hf.distillation.low_rank import reduce_teacher
+
+
+@pytest.fixture
+def teacher():
+    """300 positions and 80 items of width 20 whose scores fall off quickly, and share a large constant."""
+    random = torch.Generator().manual_seed(0)
+    scale = 0.6 ** torch.arange(20)
+    hidden = torch.randn(300, 20, generator=random) * scale + 1
+    items = torch.randn(81, 20, generator=random) + 3
+    items[0] = 1e6
+    return hidden, items
+
+
+def moment(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.double().T @ hidden.double() / len(hidden)
+
+
+def centred_scores(hidden: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    scores = hidden.double() @ items[1:].double().T
+    return scores - scores.mean(dim=1, keepdim=True)
+
+
+def test_without_tolerance_the_scores_are_the_same(teacher):
+    hidden, items = teacher
+    reduced = reduce_teacher(moment(hidden), items, 0.0)
+    scores = centred_scores(hidden @ reduced.projection, reduced.item_matrix)
+    torch.testing.assert_close(scores, centred_scores(hidden, items), atol=1e-4, rtol=1e-4)
+    assert reduced.error == 0.0
+    assert reduced.item_matrix[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("max_error", [2.0, 0.5, 0.1, 0.01])
+def test_the_error_is_the_stated_one_and_within_the_tolerance(teacher, max_error):
+    hidden, items = teacher
+    reduced = reduce_teacher(moment(hidden), items, max_error)
+    difference = centred_scores(hidden @ reduced.projection, reduced.item_matrix) - centred_scores(hidden, items)
+    assert difference.square().mean().sqrt().item() == pytest.approx(reduced.error, rel=1e-2)
+    assert reduced.error <= max_error
+    assert reduced.projection.shape[1] < 20
+
+
+def test_no_other_factorisation_of_the_rank_is_closer(teacher):
+    """Eckart and Young: the singular values left out of the score matrix itself."""
+    hidden, items = teacher
+    reduced = reduce_teacher(moment(hidden), items, 0.3)
+    singular = torch.linalg.svdvals(centred_scores(hidden, items))
+    rank = reduced.projection.shape[1]
+    best = (singular[rank:].square().sum() / (300 * 80)).sqrt()
+    assert reduced.error == pytest.approx(best.item(), rel=1e-6)
+    one_less = (singular[rank - 1 :].square().sum() / (300 * 80)).sqrt()
+    assert one_less > 0.3
+
+
+def test_a_teacher_that_says_nothing_keeps_one_dimension():
+    reduced = reduce_teacher(torch.zeros(4, 4), torch.randn(6, 4), 0.0)
+    assert reduced.projection.shape == (4, 1)
+    assert reduced.error == 0.0
