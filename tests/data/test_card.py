@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from llmd4rec_hf.data import (
@@ -20,6 +21,8 @@ from llmd4rec_hf.data import (
 )
 from llmd4rec_hf.data import floors as floors_module
 from llmd4rec_hf.data.floors import DECAY, WINDOW, floors, row_items
+from llmd4rec_hf.data.sequences import _splits
+from llmd4rec_hf.errors import DataError
 
 
 def log(sequences, times=None):
@@ -172,6 +175,15 @@ class TestByRatio:
         for ratios, message in (((0.5, 0.5), "leave some for train"), ((0.1, 0.1), "no user has 3")):
             with pytest.raises(ValueError, match=message):
                 split_by_ratio(interactions, ItemVocabulary([1, 2]), validation_ratio=ratios[0], test_ratio=ratios[1])
+
+
+def test_a_leak_is_an_error():
+    users, user, items = pa.array([7]), np.zeros(4, np.int32), np.arange(1, 5, dtype=np.int32)
+    good = {"train": np.array([2]), "validation": np.array([3]), "test": np.array([4])}
+    assert len(_splits(users, user, items, good)["test"]) == 1
+    for name, end in (("train", 3), ("train", 4), ("validation", 4)):
+        with pytest.raises(DataError, match=f"1 targets of .* lie in {name}"):
+            _splits(users, user, items, good | {name: np.array([end])})
 
 
 @pytest.mark.parametrize("split", [split_leave_one_out, split_by_time, split_by_ratio])

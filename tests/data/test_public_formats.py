@@ -6,12 +6,17 @@ from __future__ import annotations
 import gzip
 import json
 import time
+from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmd4rec_hf.data import load_interactions, load_items
 from llmd4rec_hf.data.formats import detect_format
+from llmd4rec_hf.data.formats.jsons import _TOKEN, _as_json, _parse_python
 from llmd4rec_hf.errors import DataError
 
 
@@ -80,6 +85,17 @@ def test_steam_is_parsed_and_never_run(tmp_path):
     late = write(tmp_path / "late.json", "{'user_id': 1, 'item_id': 2}", "{'user_id': 1, 'item_id': print(1)}")
     with pytest.raises(DataError, match="neither JSON nor a Python dictionary"):
         load_interactions(late)
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("abc"), st.text() | st.none() | st.booleans()), min_size=1))
+@settings(deadline=None, max_examples=200)
+def test_any_python_text_survives(records):
+    texts = [{**{name: str(value) for name, value in record.items()}, "flag": True} for record in records]
+    block = "\n".join(repr(record) for record in texts)
+    expected = [{name: record.get(name) for name in ("a", "b", "c")} for record in texts]
+    schema = dict.fromkeys(("a", "b", "c"), pa.string())
+    assert _parse_python(block, schema, Path("x")).to_pylist() == expected
+    assert json.loads(_TOKEN.sub(_as_json, repr(records))) == records
 
 
 def test_python_literals_are_read_as_fast_as_promised(tmp_path):

@@ -52,6 +52,9 @@ class MovieLensFormat(Format):
     def matches_file(self, path: Path) -> bool:
         return self._layout(path) is not None
 
+    def column_names(self, path: Path) -> list[str] | None:
+        return CSVFormat().column_names(path) if self._layout(path) == "csv" else None
+
     def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
         layout = self._layout(path) or "csv"
         if layout == "csv":
