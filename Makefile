@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format bench docs clean
 
 # Any Python from 3.11: `make install PYTHON=python3.12`. The environment is made on the first call of any target,
 # and again when one of the files that name its packages has changed.
@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "llmd4rec_hf needs Python 3.11 or later: make install PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
-	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -c constraints.txt -e ".[dev,export]"
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -c constraints.txt -e ".[dev,export,serve,docs]"
 	@touch $@
 
 demo: $(INSTALLED) ## run the whole method on built-in data, offline (ARGS="--rounds 1" to change options)
@@ -42,5 +42,8 @@ format: $(INSTALLED) ## mend what lint can mend
 bench: $(INSTALLED) ## run the benchmarks that need no other package, one after the other (results in benchmarks/results)
 	for script in loss; do $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
 
+docs: $(INSTALLED) ## build the documentation into site/ (ARGS="-d FOLDER" for another place)
+	$(BIN)/mkdocs build --strict $(ARGS)
+
 clean: ## remove the environment, caches and built files; runs/ stays
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

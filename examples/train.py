@@ -46,12 +46,11 @@ from llmd4rec_hf import (  # noqa: E402
     RecommenderModel,
     SASRecConfig,
     SASRecModel,
-    load_interactions,
-    split_leave_one_out,
 )
-from llmd4rec_hf.data import describe_interactions, k_core, load_items, make_demo  # noqa: E402
+from llmd4rec_hf.data import PreparedData, load_prepared, make_demo, prepare  # noqa: E402
 from llmd4rec_hf.data.formats import format_names  # noqa: E402
-from llmd4rec_hf.errors import ConfigurationError, LLMD4RecError  # noqa: E402
+from llmd4rec_hf.data.prepared import MANIFEST, SPLITS  # noqa: E402
+from llmd4rec_hf.errors import ConfigurationError, LLMD4RecError, RunInterrupted  # noqa: E402
 from llmd4rec_hf.evaluation.report import summary_table  # noqa: E402
 from llmd4rec_hf.hub import push_run  # noqa: E402
 from llmd4rec_hf.models import build_tiny_llm  # noqa: E402
@@ -59,6 +58,7 @@ from llmd4rec_hf.models.prompt import DEFAULT_PROMPT  # noqa: E402
 from llmd4rec_hf.mutual_distillation import FRESH_STUDENTS  # noqa: E402
 
 
+FLOORS = ("popularity", "item_knn")
 SIDES = {"crm": CRMArguments, "llm": MutualDistillArguments}
 EXAMPLES = Path(__file__).parent
 DEMO_CONFIG = EXAMPLES / "configs" / "demo.yaml"
@@ -72,9 +72,14 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     flag = partial(add, action=argparse.BooleanOptionalAction, default=False)
     add("--config", metavar="FILE.yaml", help="options in a file; those on the command line win")
-    add("--dataset", default="demo", help="demo, a file, a folder, or a Hub id of a log of interactions")
-    add("--items", help="catalogue with item_id, title, ...; a folder's own items.* by default")
-    add("--format", default="auto", choices=["auto", *format_names()], help="of the log")
+    add("--dataset", default="demo", help="demo, a file, a folder, a Hub id, or what prepare.py wrote")
+    add("--items", help="catalogue with item_id, title, ...; that of the log's folder by default")
+    add("--format", default="auto", choices=format_names(), metavar="NAME", help=f"one of {', '.join(format_names())}")
+    add("--columns", nargs="+", type=pair, metavar="OURS=THEIRS", help="user_id, item_id, timestamp, rating, ...")
+    add("--item_columns", nargs="+", type=pair, metavar="OURS=THEIRS", help="item_id, title")
+    add("--text_template", metavar="TEXT", help='an item in words, such as "{title} ({brand})"')
+    add("--split", default="leave_one_out", choices=list(SPLITS))
+    add("--min_rating", type=float, metavar="R", help="leave out interactions rated lower")
     add("--k_core", type=int, default=0, metavar="K", help="keep users and items with K interactions or more")
     add("--crm", default="sasrec", help="sasrec, gru4rec, or the folder of a trained one")
     add("--hidden_size", type=int, default=64, help="width of the CRM's item vectors")
@@ -98,6 +103,14 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--push_to_hub", help="push both models when the run is over")
     add("--hub_model_id", metavar="USER/NAME", help="repositories USER/NAME-crm and USER/NAME-llm")
     return parser
+
+
+def pair(text: str) -> tuple[str, str]:
+    """`ours=theirs`, as the column options take it."""
+    ours, equals, theirs = text.partition("=")
+    if not (ours and equals and theirs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form OURS=THEIRS")
+    return ours, theirs
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, CRMArguments, MutualDistillArguments]:
@@ -151,17 +164,35 @@ def _side_arguments(parser, options, words: list[str], side: str):
     return arguments
 
 
-def load_data(options):
-    """The log and the catalogue (which may be missing)."""
-    if options.dataset == "demo":
-        interactions, items = make_demo(seed=0)
-    else:
-        interactions = load_interactions(options.dataset, format=options.format)
-        source = options.items or (options.dataset if Path(options.dataset).is_dir() else None)
-        items = None if source is None else load_items(source)
-    if options.k_core:
-        interactions = k_core(interactions, options.k_core, options.k_core)
-    return interactions, items
+def load_data(options) -> PreparedData:
+    """The log, its sequences, vocabulary and card: prepared now and kept, or prepared before."""
+    source, items = options.dataset, options.items
+    if source == "demo":
+        source, items = make_demo(seed=0)
+    elif Path(source, MANIFEST).is_file():
+        return load_prepared(source)
+    return prepare(
+        source,
+        items,
+        format=options.format,
+        columns=dict(options.columns or []),
+        item_columns=dict(options.item_columns or []),
+        text_template=options.text_template,
+        split=options.split,
+        min_rating=options.min_rating,
+        k_user=options.k_core,
+        k_item=options.k_core,
+    )
+
+
+def dataset_facts(card: dict) -> dict:
+    """What results and report say of the data."""
+    floors = card.get("floors", {})
+    return {
+        **card["log"],
+        "cold_test_targets": card["test"]["cold_targets"],
+        **{f"test_ndcg@10_of_{rule}": floors[rule]["ndcg@10"] for rule in FLOORS if rule in floors},
+    }
 
 
 def build_crm(options, vocabulary: ItemVocabulary) -> RecommenderModel:
@@ -197,6 +228,8 @@ def build_llm(options, vocabulary: ItemVocabulary, item_dim: int) -> LLMRecommen
         "max_length": options.max_length,
         "dropout": options.llm_dropout,
         "item_texts": vocabulary.texts if options.item_text else None,
+        # Beside the prepared data: the next run over the same titles reads what this one encoded.
+        "item_text_cache": Path(datasets.config.HF_DATASETS_CACHE) / "llmd4rec_hf" / "item_text",
     }
     if options.llm == "tiny":
         # The prompt's words are repeated until the tokenizer finds them worth a token each.
@@ -220,10 +253,8 @@ def build_llm(options, vocabulary: ItemVocabulary, item_dim: int) -> LLMRecommen
 def run(argv: list[str], console: Console) -> dict:
     """Data, models, rounds, report, push."""
     options, crm_args, llm_args = parse(argv)
-    interactions, items = load_data(options)
-    facts = describe_interactions(interactions)
-    vocabulary = ItemVocabulary.from_interactions(interactions, items)
-    sequences = split_leave_one_out(interactions, vocabulary)
+    data = load_data(options)
+    vocabulary = data.vocabulary
     set_seed(options.seed)
     crm = build_crm(options, vocabulary)
     llm = build_llm(options, vocabulary, item_dim=crm.item_matrix().shape[1])
@@ -235,9 +266,10 @@ def run(argv: list[str], console: Console) -> dict:
         fresh_students=options.fresh_students,
         seed=options.seed,
         dataset_name=Path(options.dataset).name,
-        dataset_facts=facts,
+        dataset_facts=dataset_facts(data.card),
+        split=data.card["prepared"]["split"],
     )
-    results = MutualDistillation(llm, crm, sequences, vocabulary, config, llm_args, crm_args).run()
+    results = MutualDistillation(llm, crm, data.sequences, vocabulary, config, llm_args, crm_args).run()
     if PartialState().is_main_process:
         console.print(summary_table(results))
         console.print(f"Models, results.json, report.md and report.png are in {options.output_dir}")
@@ -257,6 +289,10 @@ def main(argv: list[str] | None = None) -> None:
     console = Console()
     try:
         run(sys.argv[1:] if argv is None else argv, console)
+    except RunInterrupted as stop:
+        if PartialState().is_main_process:
+            Console(stderr=True).print(str(stop), soft_wrap=True, highlight=False)
+        sys.exit(128 + stop.signal_number)
     except LLMD4RecError as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
         sys.exit(1)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .data import ItemVocabulary, SequenceCollator, load_interactions, split_by_time, split_leave_one_out
@@ -17,12 +18,12 @@ from .models import (
     SASRecConfig,
     SASRecModel,
 )
-from .mutual_distillation import MutualDistillation, MutualDistillationConfig
-from .training import CRMArguments, CRMTrainer, MutualDistillArguments, MutualDistillTrainer
 
 
 if TYPE_CHECKING:
     from .evaluation.hf_metric import RankingMetric
+    from .mutual_distillation import MutualDistillation, MutualDistillationConfig
+    from .training import CRMArguments, CRMTrainer, MutualDistillArguments, MutualDistillTrainer
 
 __version__ = "0.1.0"
 
@@ -54,10 +55,22 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    # `evaluate` is slow to import and only this one name needs it.
-    if name == "RankingMetric":
-        from .evaluation.hf_metric import RankingMetric
+# Imported on first use. `evaluate` and `Trainer` are slow to import, and who only serves a model needs neither, nor
+# what `Trainer` brings along (PEFT, bitsandbytes).
+_LAZY = {
+    "CRMArguments": "training",
+    "CRMTrainer": "training",
+    "MutualDistillArguments": "training",
+    "MutualDistillTrainer": "training",
+    "MutualDistillation": "mutual_distillation",
+    "MutualDistillationConfig": "mutual_distillation",
+    "RankingMetric": "evaluation.hf_metric",
+}
 
-        return RankingMetric
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value

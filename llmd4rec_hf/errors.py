@@ -22,3 +22,25 @@ class CacheError(LLMD4RecError, RuntimeError):
 
 class RunStateError(LLMD4RecError, RuntimeError):
     """The state of a run on disk is damaged or belongs to another configuration."""
+
+
+class StorageError(LLMD4RecError, OSError):
+    """The disk is full, or a folder cannot be written to."""
+
+
+class TrainingError(LLMD4RecError, RuntimeError):
+    """Training cannot go on as it is, for example because the loss is not finite."""
+
+
+class RunInterrupted(LLMD4RecError):
+    """
+    A signal has asked for a stop; everything is saved.
+
+    Args:
+        message (`str`): where it stopped, and how to go on.
+        signal_number (`int`, *optional*, defaults to 15): the signal.
+    """
+
+    def __init__(self, message: str, signal_number: int = 15):
+        super().__init__(message)
+        self.signal_number = signal_number

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import platform
 import shutil
 import time
@@ -22,31 +21,49 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from datasets import DatasetDict
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .data import ItemVocabulary, data_hash
 from .data.arrow import column_array
-from .errors import ConfigurationError, RunStateError
+from .data.sequences import item_id_range
+from .errors import ConfigurationError
 from .evaluation import ranking_metrics
 from .evaluation.report import write_report
+from .files import storage_errors_named, whole_folder, write_json, write_manifest
 from .models import LLMRecommender, RecommenderModel
-from .training import CRMArguments, CRMTrainer, DistillationArguments, MutualDistillArguments, MutualDistillTrainer
+from .processes import on_main_process
+from .run_state import STATE_NAME, STATE_VERSION, RunLock, read_results, read_state, weights_facts
+from .training import (
+    CRMArguments,
+    CRMTrainer,
+    DistillationArguments,
+    DistillationTrainer,
+    MutualDistillArguments,
+    MutualDistillTrainer,
+)
+from .training.checkpoints import last_whole_checkpoint
+from .training.guard import stop_signals
 from .training.progress import PhaseProgress
 
 
 logger = logging.get_logger(__name__)
 
-STATE_NAME = "state.json"
 RESULTS_NAME = "results.json"
-STATE_VERSION = 1
 METRIC = "ndcg@10"
 DISTILLED, CONTROL = "distilled", "control"
 REFRESH_MODES = ("copy", "off")
 FRESH_STUDENTS = {"none": (), "llm": ("llm",), "crm": ("crm",), "both": ("llm", "crm")}
 # Arguments that say where and how a run goes on, not what comes out of it: with others it is still the same run.
-_NOT_IDENTITY = {"output_dir", "logging_dir", "disable_tqdm", "report_to", "log_level", "run_name", "project"}
+_NOT_IDENTITY = {
+    *("output_dir", "logging_dir", "disable_tqdm", "report_to", "log_level", "run_name", "project"),
+    *("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push"),
+    # Words about the data; the sequences themselves are compared by their hashes.
+    *("dataset_name", "dataset_facts"),
+    # Their product with the number of processes counts: rows_per_step.
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+}
 
 
 @dataclass
@@ -69,6 +86,7 @@ class MutualDistillationConfig:
         seed (`int`, *optional*, defaults to 42): of the run; each round derives its own.
         dataset_name (`str`, *optional*, defaults to `""`): shown in results and report.
         dataset_facts (`dict`, *optional*): what [`describe_interactions`] said, for results and report.
+        split (`str`, *optional*, defaults to `"leave_one_out"`): how `sequences` were split, for results and report.
     """
 
     output_dir: str
@@ -80,6 +98,7 @@ class MutualDistillationConfig:
     seed: int = 42
     dataset_name: str = ""
     dataset_facts: dict | None = None
+    split: str = "leave_one_out"
 
     def __post_init__(self):
         if self.rounds < 1:
@@ -170,10 +189,28 @@ class MutualDistillation:
                     f"The {side.upper()} scores {model.config.num_items} items and the vocabulary holds "
                     f"{len(self.vocabulary)}: build both models with num_items=len(vocabulary)."
                 )
+            self._check_vocabulary(side, model)
+        for name, split in self.sequences.items():
+            low, high = item_id_range(split)
+            if low < 1 or high > len(self.vocabulary):
+                raise ConfigurationError(
+                    f"The {name} sequences hold the item id {low if low < 1 else high}, outside of the vocabulary's "
+                    f"1..{len(self.vocabulary)}: split the log with this vocabulary."
+                )
         if self.args["llm"].seen_items != self.args["crm"].seen_items:
             raise ConfigurationError(
                 "llm_args and crm_args must agree on seen_items, or their metrics do not compare."
             )
+
+    def _check_vocabulary(self, side: str, model: RecommenderModel) -> None:
+        """A model that was trained over other items would take each for another one."""
+        theirs = model.vocabulary
+        if theirs is None or theirs.item_ids == self.vocabulary.item_ids:
+            return
+        raise ConfigurationError(
+            f"The {side.upper()} has another vocabulary than this run: {theirs.first_difference(self.vocabulary)}. "
+            "Build the run's vocabulary as the model's was, or train the model anew."
+        )
 
     # --- the run -------------------------------------------------------------------------------------------------
 
@@ -183,12 +220,24 @@ class MutualDistillation:
 
         Returns:
             `dict`: what `results.json` holds.
+
+        Raises:
+            RunStateError: `output_dir` holds another run, one that is going on, or damaged files.
+            RunInterrupted: SIGTERM or SIGINT; everything is saved.
+            TrainingError: a loss that is not finite.
+            StorageError: a full disk, or a folder that cannot be written to.
         """
+        remedy = "Make room or give another output_dir; started again, a run goes on from its last whole checkpoint."
+        with storage_errors_named(self.output_dir, remedy), RunLock(self.output_dir), stop_signals:
+            return self._run()
+
+    def _run(self) -> dict:
         self._open_state()
-        results_path = self.output_dir / RESULTS_NAME
-        if self.state.get("finished") and results_path.is_file():
-            logger.info(f"{self.output_dir} holds a finished run: nothing to do.")
-            return json.loads(results_path.read_text())
+        if self.state["finished"]:
+            results = on_main_process(lambda: read_results(self.output_dir, RESULTS_NAME, self.state["weights"]))
+            if results is not None:
+                logger.info(f"{self.output_dir} holds a finished run: nothing to do.")
+                return results
         self._run_phase(_Phase("crm", 0, DISTILLED))
         for round_number in range(1, self.config.rounds + 1):
             for arm in self._arms:
@@ -210,22 +259,21 @@ class MutualDistillation:
         trainer = self._trainer(phase)
         folder = self._folder(phase)
         PhaseProgress.install(trainer, phase.title)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+        trainer.guard.title = phase.title
+        trainer.train(resume_from_checkpoint=on_main_process(lambda: last_whole_checkpoint(folder)))
         metrics = _strip(trainer.evaluate(), "eval_")
-        self._save_model(phase.side, folder / "model")
+        self._save_model(phase.side, folder / "model", trainer)
         record = {"validation": metrics, "seconds": time.monotonic() - started, "epochs": trainer.state.epoch}
         record["distillation"] = _last_logged(trainer.state.log_history, ("kl", "weight_mean", "agreement"))
         self.state["phases"][phase.name] = record
         self._write_state()
         logger.info(f"{phase.title}: validation {METRIC} {metrics[METRIC]:.4f} ({record['seconds']:.0f} s)")
-        if self.process.is_main_process:
-            for path in folder.iterdir():
-                if path.name != "model":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        on_main_process(lambda: _keep_only(folder, "model"))
+        stop_signals.raise_if_received(f"after {phase.title}")
 
     def _trainer(self, phase: _Phase):
         """The trainer of a phase, with its student and teacher as the phases before left them."""
-        student = self.models[phase.side]
+        student = self._student(phase.side)
         student.load_weights(self._start_of(phase))
         teacher_side = "crm" if phase.side == "llm" else "llm"
         source = self._teacher_of(phase)
@@ -243,6 +291,12 @@ class MutualDistillation:
             self.sequences["validation"],
             teacher=self.models[teacher_side] if phase.arm == DISTILLED and phase.round > 0 else None,
         )
+
+    def _student(self, side: str) -> RecommenderModel:
+        """The model to train: a copy, where training cuts a model into shards and does not put it together again."""
+        sharded = any(parse_flag_from_env(name) for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+        sharded = sharded or bool(self.args[side].fsdp) or bool(self.args[side].deepspeed)
+        return copy.deepcopy(self.models[side]) if sharded else self.models[side]
 
     def _start_of(self, phase: _Phase) -> Path:
         """Where a phase's student starts: its own last round, in the same arm, or its initial weights."""
@@ -309,17 +363,16 @@ class MutualDistillation:
                 key = side if arm == DISTILLED else f"{side}_without_distillation"
                 final[key] = self._test_best(side, arm) if arm in self._arms else None
         results = self._results(final)
-        if self.process.is_main_process:
-            _write_json(self.output_dir / RESULTS_NAME, results)
-            write_report(results, self.output_dir)
-        self.state["finished"] = True
+        on_main_process(lambda: write_json(self.output_dir / RESULTS_NAME, results))
+        on_main_process(lambda: write_report(results, self.output_dir))
+        self.state |= {"finished": True, "weights": on_main_process(lambda: weights_facts(self.output_dir))}
         self._write_state()
         return results
 
     def _test_best(self, side: str, arm: str) -> dict:
         """Restore a side's best round by validation, test it, and put a distilled one where users find it."""
         best = max(self._rounds(side), key=lambda n: self._validation(side, n, arm)[METRIC])
-        model = self.models[side]
+        model = self._student(side)
         model.load_weights(self._model_folder(side, best, arm))
         args = copy.deepcopy(self.args[side])
         args.output_dir = str(self.output_dir / "phases" / "test")
@@ -366,7 +419,7 @@ class MutualDistillation:
                 **(self.config.dataset_facts or {}),
             },
             "protocol": {
-                "split": "leave_one_out",
+                "split": self.config.split,
                 "seen_items": "masked" if self.args["crm"].seen_items == "mask" else "kept",
                 "ties": "pessimistic",
                 "ranking": "full",
@@ -382,23 +435,9 @@ class MutualDistillation:
 
     def _open_state(self) -> None:
         """Read the state of a run that was begun here, or begin one with the models as they are."""
-        path = self.output_dir / STATE_NAME
         identity = self._identity()
-        if path.is_file():
-            try:
-                self.state = json.loads(path.read_text())
-                found = self.state["identity"]
-            except (ValueError, KeyError) as error:
-                raise RunStateError(
-                    f"{path} is damaged ({error}): give another output_dir, or delete this one."
-                ) from error
-            different = sorted(key for key in identity | found if identity.get(key) != found.get(key))
-            if different:
-                key = different[0]
-                raise RunStateError(
-                    f"{self.output_dir} holds a run with other settings ({key}: {found.get(key)!r} there, "
-                    f"{identity.get(key)!r} here): give another output_dir, or delete this one."
-                )
+        self.state = on_main_process(lambda: read_state(self.output_dir, identity))
+        if self.state is not None:
             return
         for side in self.models:
             self._save_model(side, self.output_dir / "phases" / f"initial-{side}")
@@ -411,6 +450,8 @@ class MutualDistillation:
         for side, args in self.args.items():
             settings = json.loads(args.to_json_string())
             identity |= {f"{side}_args.{k}": v for k, v in settings.items() if k not in _NOT_IDENTITY}
+            rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+            identity[f"{side}_args.rows_per_step"] = rows
             model = json.loads(self.models[side].config.to_json_string(use_diff=False))
             identity |= {f"{side}.{k}": v for k, v in model.items() if k != "backbone_config"}
         identity["vocabulary"] = self.vocabulary.content_hash
@@ -418,19 +459,28 @@ class MutualDistillation:
         return json.loads(json.dumps(identity, sort_keys=True, default=str))
 
     def _write_state(self) -> None:
-        if self.process.is_main_process:
-            _write_json(self.output_dir / STATE_NAME, self.state)
-        self.process.wait_for_everyone()
+        on_main_process(lambda: write_json(self.output_dir / STATE_NAME, self.state))
 
-    def _save_model(self, side: str, folder: Path) -> None:
-        """Save a model beside its place and rename it: a folder by that name is whole or not there."""
-        if self.process.is_main_process:
-            partial = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            self.models[side].save_pretrained(partial)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
-        self.process.wait_for_everyone()
+    def _save_model(self, side: str, folder: Path, trainer: DistillationTrainer | None = None) -> None:
+        """Save a model, that of a trainer if one is given, beside its place and rename it, with a manifest."""
+        model, state_dict = self.models[side], None
+        if trainer is not None and trainer.model is not model:
+            # In shards: every process has to give its own.
+            state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+
+        def save():
+            with whole_folder(folder) as partial:
+                model.save_pretrained(partial, state_dict=state_dict)
+                if folder.parent != self.output_dir:
+                    write_manifest(partial)
+
+        on_main_process(save)
+
+
+def _keep_only(folder: Path, name: str) -> None:
+    for path in folder.iterdir():
+        if path.name != name:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _strip(metrics: dict, prefix: str) -> dict:
@@ -455,10 +505,3 @@ def _versions() -> dict:
         "transformers": transformers.__version__,
         "datasets": datasets.__version__,
     }
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2))
-    os.replace(partial, path)

@@ -182,6 +182,16 @@ def data_hash(dataset: datasets.Dataset) -> str:
     return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
+def item_id_range(dataset: datasets.Dataset) -> tuple[int, int]:
+    """The lowest and the highest internal id in `item_ids`; `(1, 1)` of no rows."""
+    low, high = [1], [1]
+    for batch in dataset.select_columns(["item_ids"]).with_format("arrow").iter(batch_size=1 << 16):
+        extremes = pc.min_max(pc.list_flatten(batch["item_ids"])).as_py()
+        low.append(extremes["min"] if extremes["min"] is not None else 1)
+        high.append(extremes["max"] if extremes["max"] is not None else 1)
+    return min(low), max(high)
+
+
 def _sorted_items(
     interactions: datasets.Dataset, vocabulary: ItemVocabulary
 ) -> tuple[pa.Table, np.ndarray, pa.Array, np.ndarray]:

@@ -8,7 +8,6 @@ the scores in half precision, and nothing is rounded or cut off.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,17 +19,22 @@ from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
-from ..data import SequenceCollator, data_hash
+from ..data import ItemVocabulary, SequenceCollator, data_hash
 from ..data.arrow import column_array
 from ..errors import CacheError
+from ..files import MANIFEST_NAME, file_facts, is_altered, write_json
+from ..processes import on_every_process, on_main_process
 
+
+logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
 OFFSETS_NAME = "offsets.npy"
 ITEM_MATRIX_NAME = "item_matrix.safetensors"
-_HASH_BLOCK = 1 << 20
+VOCABULARY_NAME = "vocabulary.json"
+_FACTS = {"num_items", "hidden_size", "max_length", "positions", "data_hash", "teacher_hash", "shards", "files"}
 
 
 class TeacherCache:
@@ -46,6 +50,7 @@ class TeacherCache:
     Attributes:
         manifest (`dict`): format version, hashes of teacher and data, shapes, and the shards' sizes and checksums.
         item_matrix (`torch.Tensor` of shape `(N + 1, d_t)`): the teacher's item matrix, float32.
+        vocabulary ([`ItemVocabulary`] or `None`): the teacher's, if it had one.
 
     Raises:
         CacheError: no cache, another format version, or a torn or altered file.
@@ -57,6 +62,9 @@ class TeacherCache:
         for name, facts in self.manifest["files"].items():
             _check_file(self.directory / name, facts)
         self.item_matrix: torch.Tensor = load_file(self.directory / ITEM_MATRIX_NAME)["item_matrix"]
+        self.vocabulary = None
+        if VOCABULARY_NAME in self.manifest["files"]:
+            self.vocabulary = ItemVocabulary.from_pretrained(self.directory)
         self._offsets = np.load(self.directory / OFFSETS_NAME, allow_pickle=False)
         self._shards = [
             np.load(self.directory / name, mmap_mode="r", allow_pickle=False) for name in self.manifest["shards"]
@@ -92,39 +100,43 @@ class TeacherCache:
         Returns:
             [`TeacherCache`]
         """
-        directory, state = Path(directory), PartialState()
+        directory = Path(directory)
         partial = directory.with_name(directory.name + ".partial")
-        if state.is_main_process:
+        collator = SequenceCollator(max_length=max_length or teacher.config.max_length)
+
+        def begin():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        state.wait_for_everyone()
-        collator = SequenceCollator(max_length=max_length or teacher.config.max_length)
-        shards = _write_shards(teacher, dataset, partial, collator, batch_size, state)
-        state.wait_for_everyone()
-        if state.is_main_process:
+
+        def end():
             _write_manifest(teacher, dataset, partial, shards, collator.max_length)
             shutil.rmtree(directory, ignore_errors=True)
             os.replace(partial, directory)
-        state.wait_for_everyone()
-        return cls(directory)
+
+        on_main_process(begin)
+        shards = on_every_process(lambda: _write_shards(teacher, dataset, partial, collator, batch_size))
+        on_main_process(end)
+        return on_every_process(lambda: cls(directory))
 
     @classmethod
     def for_teacher(cls, teacher, dataset: Dataset, directory: str | os.PathLike, **build_arguments) -> TeacherCache:
         """The cache in `directory` if it is whole and of this very teacher and data, else one built anew."""
-        state = PartialState()
         max_length = build_arguments.get("max_length") or teacher.config.max_length
-        try:
+
+        def open_fitting():
             cache = cls(directory)
             cache.check(dataset=dataset, teacher=teacher)
-            usable = cache.manifest.get("max_length") == max_length
-        except CacheError:
-            usable = False
-        # One process that cannot read it is enough to build it again, and all must agree: building is collective.
-        if state.num_processes > 1:
-            from accelerate.utils import gather_object
+            if cache.manifest["max_length"] != max_length:
+                raise CacheError(f"The teacher cache {directory} is for other lengths of histories.")
+            return cache
 
-            usable = all(gather_object([usable]))
-        return cache if usable else cls.build(teacher, dataset, directory, **build_arguments)
+        try:
+            # One process that cannot read it is enough to build it again, and all must agree: building is collective.
+            return on_every_process(open_fitting)
+        except CacheError as error:
+            if Path(directory).exists():
+                logger.warning(f"{error} It is built again now.")
+        return cls.build(teacher, dataset, directory, **build_arguments)
 
     def check(self, *, num_items: int | None = None, dataset: Dataset | None = None, teacher=None) -> None:
         """
@@ -197,8 +209,9 @@ class TeacherCache:
         return hidden
 
 
-def _write_shards(teacher, dataset, directory: Path, collator, batch_size: int, state: PartialState) -> list[str]:
+def _write_shards(teacher, dataset, directory: Path, collator, batch_size: int) -> list[str]:
     """Write this process's shard and the offsets; returns the names of all shards."""
+    state = PartialState()
     row_ids = column_array(dataset, "row_id").astype(np.int64)
     counts = np.minimum(column_array(dataset, "length").astype(np.int64) - 1, collator.max_length)
     if len(np.unique(row_ids)) < len(row_ids) or row_ids.min(initial=0) < 0:
@@ -213,17 +226,22 @@ def _write_shards(teacher, dataset, directory: Path, collator, batch_size: int, 
         np.save(directory / OFFSETS_NAME, offsets)
     first, last = bounds[state.process_index], bounds[state.process_index + 1]
     mine = np.flatnonzero((row_ids >= first) & (row_ids < last))
-    shard = np.lib.format.open_memmap(
-        directory / names[state.process_index],
-        mode="w+",
-        dtype=np.float32,
-        shape=(int(offsets[last] - offsets[first]), teacher.item_matrix().shape[1]),
-    )
+    shape = (int(offsets[last] - offsets[first]), teacher.item_matrix().shape[1])
+    shard = _reserve(directory / names[state.process_index], shape)
     _fill_shard(
         shard, offsets - offsets[first], teacher, dataset, mine[np.argsort(-counts[mine])], collator, batch_size
     )
     shard.flush()
     return names
+
+
+def _reserve(path: Path, shape: tuple[int, int]) -> np.memmap:
+    """A memory-mapped array with its room on the disk: without that a full disk would end the process by a signal."""
+    shard = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    return shard
 
 
 @torch.no_grad()
@@ -246,6 +264,10 @@ def _fill_shard(shard, starts, teacher, dataset, order, collator, batch_size: in
 def _write_manifest(teacher, dataset, directory: Path, shards: list[str], max_length: int) -> None:
     item_matrix = teacher.item_matrix().float().cpu().contiguous()
     save_file({"item_matrix": item_matrix}, directory / ITEM_MATRIX_NAME)
+    names = [*shards, OFFSETS_NAME, ITEM_MATRIX_NAME]
+    if getattr(teacher, "vocabulary", None) is not None:
+        teacher.vocabulary.save_pretrained(directory)
+        names.append(VOCABULARY_NAME)
     sizes = [len(np.load(directory / name, mmap_mode="r", allow_pickle=False)) for name in shards]
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -256,9 +278,9 @@ def _write_manifest(teacher, dataset, directory: Path, shards: list[str], max_le
         "data_hash": data_hash(dataset),
         "teacher_hash": teacher.content_hash(),
         "shards": shards,
-        "files": {name: _file_facts(directory / name) for name in [*shards, OFFSETS_NAME, ITEM_MATRIX_NAME]},
+        "files": {name: file_facts(directory / name) for name in names},
     }
-    (directory / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2))
+    write_json(directory / MANIFEST_NAME, manifest)
 
 
 def _read_manifest(directory: Path) -> dict:
@@ -267,23 +289,18 @@ def _read_manifest(directory: Path) -> dict:
     if not path.is_file():
         raise CacheError(f"There is no teacher cache in {directory}: {remedy}.")
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise CacheError(f"{path} is damaged ({error}): {remedy} again.") from error
     if version != FORMAT_VERSION:
         raise CacheError(f"{path} has format version {version}, this package reads {FORMAT_VERSION}: {remedy} again.")
+    missing = sorted(_FACTS - set(manifest))
+    if missing:
+        raise CacheError(f"{path} is damaged (no {missing[0]}): {remedy} again.")
     return manifest
 
 
-def _file_facts(path: Path) -> dict:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
 def _check_file(path: Path, facts: dict) -> None:
-    if not path.is_file() or path.stat().st_size != facts["bytes"] or _file_facts(path) != facts:
+    if is_altered(path, facts):
         raise CacheError(f"{path} is missing, torn or altered: build the teacher cache again with TeacherCache.build.")

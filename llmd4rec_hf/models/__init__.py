@@ -6,7 +6,8 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel
 
 from .gru4rec import GRU4RecConfig, GRU4RecModel
-from .llm_recommender import LLMRecommender, LLMRecommenderConfig
+from .llm_config import LLMRecommenderConfig
+from .llm_recommender import LLMRecommender
 from .recommender import Recommendations, RecommenderModel, RecommenderOutput
 from .sasrec import SASRecConfig, SASRecModel
 from .tiny_llm import build_tiny_llm

@@ -40,15 +40,15 @@ def encode_texts(
         backbone ([`~transformers.PreTrainedModel`]): the language model, without adapter.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
         texts (`Sequence[str]`): N texts; each is cut after 64 tokens.
-        cache_directory (`str`, *optional*): where the result is kept, under a name that is a hash of the backbone's
-            weights, the tokenizer and the texts: what is found there needs no check.
+        cache_directory (`str`, *optional*): where the result is kept, under a name that is a hash of all it follows
+            from (the backbone's weights and configuration and the texts' tokens): what is found needs no check.
 
     Returns:
         `torch.Tensor` of shape `(N, width)`, float32, on the backbone's device.
     """
     if cache_directory is None:
         return _standardised(_read(backbone, tokenizer, texts))
-    path = Path(cache_directory, f"{_content_key(backbone, tokenizer, texts)}.safetensors")
+    path = Path(cache_directory, f"{_content_key(backbone, _tokens(tokenizer, texts))}.safetensors")
     if path.is_file():
         return load_file(path)["item_text_features"].to(backbone.device)
     features = _standardised(_read(backbone, tokenizer, texts))
@@ -96,15 +96,22 @@ def encode_more_texts(
     return (states[sample:] - mean) / deviation.clamp_min(1e-6)
 
 
-def _content_key(backbone, tokenizer, texts) -> str:
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), truncation=True, max_length=MAX_TITLE_TOKENS)["input_ids"]
+
+
+def _content_key(backbone: PreTrainedModel, tokens: list[list[int]]) -> str:
+    config = backbone.config.to_diff_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
     digest = hashlib.sha256(hash_tensors(backbone.state_dict()).encode())
-    words = sorted(tokenizer.get_vocab().items())
-    digest.update(json.dumps([words, tokenizer("A b. ")["input_ids"], MAX_TITLE_TOKENS, list(texts)]).encode())
+    digest.update(json.dumps([config, tokens], sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
-def _read(backbone, tokenizer, texts) -> torch.Tensor:
-    tokens = tokenizer(list(texts), truncation=True, max_length=MAX_TITLE_TOKENS)["input_ids"]
+def _read(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
+    """The mean of the backbone's last states over each text's tokens, of shape `(N, width)`."""
+    tokens = _tokens(tokenizer, texts)
     # Texts of like length share a batch, so that little is padding.
     order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
     states = None

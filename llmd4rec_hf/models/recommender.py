@@ -10,16 +10,18 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import cached_file
 
 from ..data import ItemVocabulary
 from ..distillation.loss import distillation_loss
 from ..errors import ConfigurationError, DataError
+from .recommendations import Recommendations
 
 
 WEIGHTS_NAME = "model.safetensors"
@@ -43,29 +45,6 @@ class RecommenderOutput(ModelOutput):
     loss: torch.FloatTensor | None = None
     hidden: torch.FloatTensor | None = None
     item_matrix: torch.FloatTensor | None = None
-
-
-@dataclass
-class Recommendations:
-    """
-    Best items per history, best first.
-
-    Attributes:
-        ids (`list[list]`): external item ids, one list per history. Shorter than `k` where fewer items are left.
-        scores (`list[list[float]]`): their scores, the logits of the model's next-item softmax.
-    """
-
-    ids: list[list]
-    scores: list[list[float]]
-
-    def to_pandas(self) -> pd.DataFrame:
-        """One row per recommendation: `history` (its index), `item_id`, `score`, `rank` (1-based)."""
-        rows = [
-            (history, item_id, score, rank)
-            for history, (ids, scores) in enumerate(zip(self.ids, self.scores, strict=True))
-            for rank, (item_id, score) in enumerate(zip(ids, scores, strict=True), start=1)
-        ]
-        return pd.DataFrame(rows, columns=["history", "item_id", "score", "rank"])
 
 
 class RecommenderModel(PreTrainedModel):
@@ -145,6 +124,8 @@ class RecommenderModel(PreTrainedModel):
         """
         encode = self.encode_last if last_only else self.encode
         hidden, item_matrix = encode(item_ids, attention_mask), self.item_matrix()
+        # A parameter that is an output itself looks unused to DistributedDataParallel; a view of it does not.
+        item_matrix = item_matrix.view_as(item_matrix)
         loss = None
         if labels is not None:
             loss = distillation_loss(
@@ -182,12 +163,7 @@ class RecommenderModel(PreTrainedModel):
             ConfigurationError: the model has no vocabulary, or `k` is not positive.
             DataError: an unknown item, or a history without a known one.
         """
-        if self.vocabulary is None:
-            raise ConfigurationError(
-                "This model has no item vocabulary, so it cannot read external ids: set `model.vocabulary`."
-            )
-        if k < 1:
-            raise ConfigurationError(f"k must be at least 1, got {k}.")
+        self._check_request(k)
         encoded = [self.vocabulary.encode(list(history), unknown=on_unknown) for history in histories]
         for index, history in enumerate(encoded):
             if len(history) == 0:
@@ -205,6 +181,49 @@ class RecommenderModel(PreTrainedModel):
                 scores.append(row_scores)
         self.train(was_training)
         return Recommendations(ids, scores)
+
+    @torch.no_grad()
+    def similar_items(self, item_ids: Sequence, k: int = 10, *, batch_size: int = 256) -> Recommendations:
+        """
+        For each item the others that the model puts nearest to it: those that follow the same histories.
+
+        Args:
+            item_ids (`Sequence`): external item ids.
+            k (`int`, *optional*, defaults to 10): how many to return for each.
+            batch_size (`int`, *optional*, defaults to 256): items compared with the catalogue at a time.
+
+        Returns:
+            [`Recommendations`] on external ids, one list per item and never the item itself. Scores are cosines of
+            rows of the item matrix, in [-1, 1].
+
+        Raises:
+            ConfigurationError: the model has no vocabulary, or `k` is not positive.
+            DataError: an unknown item.
+        """
+        self._check_request(k)
+        rows = torch.as_tensor(self.vocabulary.encode(list(item_ids)), device=self.device)
+        was_training = self.training
+        self.eval()
+        directions = F.normalize(self.item_matrix().float(), dim=1)
+        self.train(was_training)
+        ids: list[list] = []
+        scores: list[list[float]] = []
+        for part in rows.split(batch_size):
+            cosines = directions[part] @ directions.T
+            cosines[:, 0] = -torch.inf
+            cosines.scatter_(1, part.unsqueeze(1), -torch.inf)
+            values, indices = cosines.topk(min(k, self.config.num_items - 1), dim=1)
+            ids += self.vocabulary.decode(indices.cpu())
+            scores += values.tolist()
+        return Recommendations(ids, scores)
+
+    def _check_request(self, k: int) -> None:
+        if self.vocabulary is None:
+            raise ConfigurationError(
+                "This model has no item vocabulary, so it cannot read external ids: set `model.vocabulary`."
+            )
+        if k < 1:
+            raise ConfigurationError(f"k must be at least 1, got {k}.")
 
     def _candidate_mask(self, candidates, on_unknown) -> torch.Tensor:
         allowed = torch.zeros(self.config.num_items + 1, dtype=torch.bool, device=self.device)
@@ -250,7 +269,17 @@ class RecommenderModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """Load a model from a folder or the Hub, with its item vocabulary if there is one."""
+        """
+        Load a model from a folder or the Hub, with its item vocabulary if there is one.
+
+        `RecommenderModel.from_pretrained` loads any kind of recommender: its configuration says which.
+
+        Raises:
+            ConfigurationError: called on this base class, where there is no model, or one that is no recommender.
+        """
+        if cls is RecommenderModel:
+            kind = _class_of(pretrained_model_name_or_path, **hub_arguments(kwargs))
+            return kind.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model._load_vocabulary(pretrained_model_name_or_path, **hub_arguments(kwargs))
         return model
@@ -275,6 +304,22 @@ class RecommenderModel(PreTrainedModel):
     def load_weights(self, directory: str | os.PathLike) -> None:
         """Bring the weights of a folder that [`~PreTrainedModel.save_pretrained`] wrote into this model, in place."""
         self.load_state_dict(load_file(os.path.join(directory, WEIGHTS_NAME)))
+
+
+def _class_of(source: str | os.PathLike, **hub_kwargs) -> type[RecommenderModel]:
+    """The kind of recommender that a folder or a Hub repository holds."""
+    try:
+        config = AutoConfig.from_pretrained(source, **hub_kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigurationError(f"Cannot load a recommender from {str(source)!r}: {reason}") from error
+    kind = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else object
+    if not issubclass(kind, RecommenderModel):
+        raise ConfigurationError(
+            f"{str(source)!r} holds a model of the type {config.model_type!r}, which is no recommender. Your own kind "
+            "is registered by AutoConfig.register and AutoModel.register."
+        )
+    return kind
 
 
 def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:

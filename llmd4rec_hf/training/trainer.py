@@ -3,23 +3,30 @@
 
 from __future__ import annotations
 
+import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
-from transformers.trainer_utils import HubStrategy, PredictionOutput
+from transformers.trainer_utils import HubStrategy, PredictionOutput, rotate_checkpoints
 
 from ..data import RankingCollator, SequenceCollator
 from ..data.arrow import column_array
 from ..distillation import TeacherCache, distillation_loss
 from ..errors import ConfigurationError
 from ..evaluation import ranking_metrics, score_targets
+from ..files import write_manifest
 from ..models import RecommenderModel
 from ..models.recommender import supervised
+from ..processes import on_main_process
 from .arguments import DistillationArguments, DistillationSettings
+from .checkpoints import LOSS_SUMS_NAME, last_whole_checkpoint, rehome
+from .guard import StepGuard
+from .loss_chunks import LossChunks
 from .model_card import trainer_card
 from .sampler import LengthBucketSampler, LengthSortedSampler
 
@@ -82,11 +89,14 @@ class DistillationTrainer(Trainer):
         self._teacher_cache: TeacherCache | None = None
         self._teacher_items: torch.Tensor | None = None
         self._loss_sums: dict[str, torch.Tensor] = {}
+        self._loss_chunks = LossChunks(self.settings.loss_chunk_size)
         self._collates_by_model = kwargs.get("data_collator") is None
         kwargs.setdefault("compute_metrics", _ranking_metrics)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self.model_accepts_loss_kwargs = True
         self._fit_collator(self.model)
+        self.guard = StepGuard()
+        self.add_callback(self.guard)
         if self.settings.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(self.settings.early_stopping_patience))
         if teacher is not None:
@@ -158,11 +168,47 @@ class DistillationTrainer(Trainer):
 
     # --- training ------------------------------------------------------------------------------------------------
 
-    def train(self, *args, **kwargs):
-        """Train as [`~transformers.Trainer.train`] does, after the teacher has been cached."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        Train as [`~transformers.Trainer.train`] does, after the teacher has been cached.
+
+        With `resume_from_checkpoint=True` it goes on from the last checkpoint that is whole. Torn ones are passed
+        over.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = on_main_process(lambda: last_whole_checkpoint(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ConfigurationError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
         self._prepare_teacher()
         self._prepare_student(self.model)
-        return super().train(*args, **kwargs)
+        self._loss_sums = {}
+        if resume_from_checkpoint:
+            on_main_process(lambda: rehome(resume_from_checkpoint))
+            self._loss_sums = self._sums_of(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As in `Trainer`; a loss that is not finite ends the training at this step."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.watch(loss)
+        return loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in `Trainer`; rows that are there a second time, to give every process as many, bear no labels."""
+        return super().get_batch_samples(self._without_repeats(epoch_iterator), num_batches, device)
+
+    def _without_repeats(self, batches):
+        progress = self.accelerator.gradient_state
+        for batch in batches:
+            if self.args.world_size > 1 and progress.end_of_dataloader and progress.remainder > 0:
+                # The last rows of an epoch, in the order of the processes, are followed by the first ones again.
+                rows = len(batch["labels"])
+                own = min(max(progress.remainder - rows * self.args.process_index, 0), rows)
+                batch["labels"][own:] = -100
+            yield batch
 
     def _prepare_teacher(self) -> None:
         if self.teacher is None:
@@ -188,7 +234,8 @@ class DistillationTrainer(Trainer):
         outputs = model(inputs["item_ids"], _attention_mask(inputs))
         hidden, item_matrix, labels = supervised(outputs.hidden, inputs["labels"], outputs.item_matrix)
         divisor = self._loss_divisor(labels, num_items_in_batch)
-        parts = distillation_loss(
+        loss_of_chunks = partial(
+            distillation_loss,
             hidden,
             item_matrix,
             labels,
@@ -199,9 +246,9 @@ class DistillationTrainer(Trainer):
             weighting=self.settings.weighting,
             rank_base=self.settings.rank_base,
             scale_by_temperature_squared=self.settings.scale_by_temperature_squared,
-            chunk_size=self.settings.loss_chunk_size,
             num_items_in_batch=divisor,
         )
+        parts = self._loss_chunks.run(lambda size: loss_of_chunks(chunk_size=size), labels.numel())
         self._record(parts, labels.numel(), divisor)
         # Gradients are averaged over processes, and the divisor counts the positions of all of them.
         loss = parts.loss * self.accelerator.num_processes
@@ -251,13 +298,16 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer` does; training logs gain the means per position of the parts of the loss."""
         if self._loss_sums and "loss" in logs:
-            names = list(self._loss_sums)
-            sums = torch.stack([torch.as_tensor(self._loss_sums[name]).float().to(self.args.device) for name in names])
-            totals = dict(zip(names, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
+            totals = self._sums_over_processes()
             positions = totals.pop("positions")
             logs = {**logs, **{name: total / max(positions, 1) for name, total in totals.items()}}
             self._loss_sums = {}
         super().log(logs, start_time)
+
+    def _sums_over_processes(self) -> dict[str, float]:
+        names = list(self._loss_sums)
+        sums = torch.stack([torch.as_tensor(self._loss_sums[name]).float().to(self.args.device) for name in names])
+        return dict(zip(names, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
 
     # --- evaluation ----------------------------------------------------------------------------------------------
 
@@ -284,6 +334,39 @@ class DistillationTrainer(Trainer):
         return output._replace(predictions=output.predictions[back], label_ids=output.label_ids[back])
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As in `Trainer`; a manifest is its last file, and older checkpoints stay until it is there."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        sums = self._sums_over_processes() if self._loss_sums else {}
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
+        folder = Path(self._get_output_dir(trial=trial))
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        (checkpoint / LOSS_SUMS_NAME).write_text(json.dumps(sums))
+        write_manifest(checkpoint)
+        rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _sums_of(self, checkpoint: str) -> dict[str, torch.Tensor]:
+        """What `log` would have reported next, so that a stop in the middle leaves no gap in it."""
+        path = Path(checkpoint, LOSS_SUMS_NAME)
+        sums = json.loads(path.read_text()) if path.is_file() else {}
+        # They are of all processes together, and will be added up over them again.
+        share = float(self.is_world_process_zero())
+        return {name: torch.tensor(value * share, device=self.args.device) for name, value in sums.items()}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # `Trainer` pickles its arguments beside the weights, and pushes them: not with the token.
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

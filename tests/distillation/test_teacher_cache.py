@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from llmd4rec_hf import processes as processes_module
 from llmd4rec_hf.data import SequenceCollator
 from llmd4rec_hf.distillation import TeacherCache, distillation_loss, teacher_cache
 from llmd4rec_hf.errors import CacheError, ConfigurationError
@@ -192,7 +193,7 @@ def test_a_file_with_python_objects_is_refused(cache):
     """Even with a manifest that vouches for it: a cache may come from elsewhere, and unpickling runs code."""
     path = cache.directory / "offsets.npy"
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    cache.manifest["files"]["offsets.npy"] = teacher_cache._file_facts(path)
+    cache.manifest["files"]["offsets.npy"] = teacher_cache.file_facts(path)
     (cache.directory / "manifest.json").write_text(json.dumps(cache.manifest))
     with pytest.raises(ValueError, match="allow_pickle=False"):
         TeacherCache(cache.directory)
@@ -241,9 +242,19 @@ def build_with_processes(monkeypatch, processes, teacher, dataset, directory):
         num_processes = processes
         process_index = property(lambda self: local.index)
         is_main_process = property(lambda self: local.index == 0)
-        wait_for_everyone = staticmethod(barrier.wait)
+
+    said = [None] * processes
+
+    def gather(mine):
+        said[local.index] = mine[0]
+        barrier.wait()
+        everything = list(said)
+        barrier.wait()
+        return everything
 
     monkeypatch.setattr(teacher_cache, "PartialState", State)
+    monkeypatch.setattr(processes_module, "PartialState", State)
+    monkeypatch.setattr(processes_module, "gather_object", gather)
 
     def run(index):
         local.index = index

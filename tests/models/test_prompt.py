@@ -2,99 +2,67 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+import torch
+from transformers import AutoTokenizer
 
+from llmd4rec_hf import LLMRecommender
 from llmd4rec_hf.errors import ConfigurationError
-from llmd4rec_hf.models import build_tiny_llm
 from llmd4rec_hf.models.prompt import split_prompt
 
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}begin {{ message['role'] }} {{ message['content'] }} end {% endfor %}"
-    "{% if add_generation_prompt %}begin assistant {% endif %}"
+TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}> {{ message.content }} </{{ message.role }}> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
+CHAT = [
+    {"role": "system", "content": "a garden chair"},
+    {"role": "user", "content": "a user chose these items {history} the next item is"},
+]
 
 
 @pytest.fixture
 def tokenizer(tiny_folder):
-    return AutoTokenizer.from_pretrained(tiny_folder)
-
-
-@pytest.fixture
-def chat_tokenizer(titles):
-    _, tokenizer = build_tiny_llm([*titles, "begin end user system assistant next is"], hidden_size=8, num_layers=1)
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
-def with_special_tokens(tokenizer):
-    """Opens each text with [UNK] and closes it with [PAD], as BERT does with [CLS] and [SEP]."""
-    special = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[UNK]",
-        sep_token="[PAD]",
-    )
-    special.backend_tokenizer.post_processor = TemplateProcessing(
-        single="[UNK] $A [PAD]", special_tokens=[("[UNK]", 1), ("[PAD]", 0)]
-    )
-    return special
+def words(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize(
-    ("prompt", "before", "after"),
-    [
-        ("red boots {history} blue hat", "red boots", "blue hat"),
-        ("  red boots  {history}  blue hat ", "red boots", "blue hat"),
-        ("{history} blue", "", "blue"),
-        ("red {history}", "red", ""),
-        ("{history}", "", ""),
-    ],
-)
-def test_the_prompt_is_split_at_the_history(tokenizer, prompt, before, after):
-    assert split_prompt(prompt, tokenizer) == tuple(tokenizer(part)["input_ids"] for part in (before, after))
+def test_a_text(tokenizer):
+    prefix, suffix = split_prompt("a user {history} the next", tokenizer)
+    assert (prefix, suffix) == (words(tokenizer, "a user"), words(tokenizer, " the next"))
+    assert split_prompt("{history}", tokenizer) == ([], [])
 
 
-def test_special_tokens_open_the_prompt_but_do_not_close_it(tokenizer):
-    red, blue = (tokenizer(word)["input_ids"] for word in ("red", "blue"))
-    special = with_special_tokens(tokenizer)
-    assert special("red")["input_ids"] == [1, *red, 0]
-    assert split_prompt("red {history} blue", special) == ([1, *red], blue)
+def test_a_chat_hands_the_turn_over(tokenizer):
+    prefix, suffix = split_prompt(CHAT, tokenizer)
+    assert prefix == words(tokenizer, "<system> a garden chair </system> <user> a user chose these items")
+    assert suffix == words(tokenizer, " the next item is </user> <assistant> ")
 
 
-@pytest.mark.parametrize("prompt", ["no place for it", "", [{"role": "user", "content": "red boots"}]])
-def test_no_place_for_the_history(chat_tokenizer, prompt):
-    with pytest.raises(ConfigurationError, match=r"must contain '\{history\}', where the items go; got"):
-        split_prompt(prompt, chat_tokenizer)
+def test_a_chat_that_begins_the_answer(tokenizer):
+    messages = [{"role": "user", "content": "{history}"}, {"role": "assistant", "content": "the next item is"}]
+    prefix, suffix = split_prompt(messages, tokenizer)
+    assert prefix == words(tokenizer, "<user>")
+    assert suffix == words(tokenizer, " </user> <assistant> the next item is")
 
 
-def test_a_chat(chat_tokenizer):
-    messages = [{"role": "system", "content": "garden"}, {"role": "user", "content": "boots {history} next"}]
-    expected = ("begin system garden end begin user boots", "next end begin assistant")
-    assert split_prompt(messages, chat_tokenizer) == tuple(chat_tokenizer(part)["input_ids"] for part in expected)
+def test_a_recommender_on_a_chat(make_llm, tokenizer, batch, tmp_path):
+    model = make_llm(prompt=CHAT, tokenizer=tokenizer, supervision="last_position").eval()
+    plain = make_llm(supervision="last_position").eval()
+    assert model.config.suffix_ids[: len(plain.config.suffix_ids)] == plain.config.suffix_ids
+    assert not torch.allclose(model.encode(batch["item_ids"]), plain.encode(batch["item_ids"]))
+    model.save_pretrained(tmp_path)
+    loaded = LLMRecommender.from_pretrained(tmp_path)
+    assert torch.equal(loaded.encode(batch["item_ids"]), model.encode(batch["item_ids"]))
+    assert loaded.tokenizer.chat_template == TEMPLATE
 
 
-def test_a_chat_whose_answer_has_begun(chat_tokenizer):
-    messages = [{"role": "user", "content": "boots {history}"}, {"role": "assistant", "content": "next is"}]
-    expected = ("begin user boots", "end begin assistant next is")
-    assert split_prompt(messages, chat_tokenizer) == tuple(chat_tokenizer(part)["input_ids"] for part in expected)
-
-
-def test_a_chat_writes_its_special_tokens_itself(chat_tokenizer):
-    special = with_special_tokens(chat_tokenizer)
-    special.chat_template = CHAT_TEMPLATE
-    messages = [{"role": "user", "content": "boots {history} next"}]
-    assert split_prompt(messages, special) == split_prompt(messages, chat_tokenizer)
-
-
-def test_a_chat_without_a_template(tokenizer):
-    with pytest.raises(ConfigurationError, match="this tokenizer has no chat template: give a text"):
-        split_prompt([{"role": "user", "content": "{history}"}], tokenizer)
-
-
-def test_messages_are_taken_by_the_recommender(make_llm, chat_tokenizer, batch):
-    messages = [{"role": "user", "content": "boots {history} next"}]
-    model = make_llm(tokenizer=chat_tokenizer, prompt=messages)
-    assert (model.config.prefix_ids, model.config.suffix_ids) == split_prompt(messages, chat_tokenizer)
+def test_errors(tiny_folder, tokenizer):
+    with pytest.raises(ConfigurationError, match="no chat template"):
+        split_prompt(CHAT, AutoTokenizer.from_pretrained(tiny_folder))
+    with pytest.raises(ConfigurationError, match=r"must contain '\{history\}'"):
+        split_prompt(CHAT[:1], tokenizer)

@@ -19,6 +19,8 @@ from llmd4rec_hf import (
     ItemVocabulary,
     LLMRecommender,
     MutualDistillArguments,
+    MutualDistillation,
+    MutualDistillationConfig,
     MutualDistillTrainer,
     SASRecConfig,
     SASRecModel,
@@ -26,6 +28,7 @@ from llmd4rec_hf import (
     split_leave_one_out,
 )
 from llmd4rec_hf.errors import ConfigurationError
+from llmd4rec_hf.hub import push_run
 
 
 IDS = [f"item-{number}" for number in range(12)]
@@ -98,7 +101,15 @@ def push(folder: Path) -> None:
     trainer = CRMTrainer(crm, args, splits["train"], splits["validation"])
     trainer.train()
     trainer.save_model()
-    (folder / "pushed.json").write_text(json.dumps({"llm": scores(llm), "crm-end": scores(crm)}))
+    pushed = {"llm": scores(llm), "crm-end": scores(crm)}
+
+    # Both models of a run.
+    quick = {"use_cpu": True, "disable_tqdm": True, "num_train_epochs": 1}
+    config = MutualDistillationConfig(str(folder / "run"), rounds=1, dataset_name="walk")
+    args = MutualDistillArguments("unused", **quick), CRMArguments("unused", **quick)
+    MutualDistillation(llm, crm, splits, vocabulary, config, *args).run()
+    push_run(folder / "run", "user/run", license="apache-2.0")
+    (folder / "pushed.json").write_text(json.dumps(pushed | {"run-llm": scores(llm), "run-crm": scores(crm)}))
 
 
 def load(folder: Path) -> None:
@@ -125,7 +136,9 @@ def load(folder: Path) -> None:
     except ConfigurationError as error:
         found["moved"] = str(error)
     found["given"] = scores(LLMRecommender.from_pretrained("user/moved", backbone="user/base"))
-    for name in ("crm", "llm"):
+    found["run-crm"] = scores(SASRecModel.from_pretrained("user/run-crm"))
+    found["run-llm"] = scores(LLMRecommender.from_pretrained("user/run-llm"))
+    for name in ("crm", "llm", "run-crm", "run-llm"):
         card = Path(folder / f"{name}.md").read_text()
         (example,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
         exec(example, {})

@@ -53,7 +53,7 @@ def hub(tmp_path_factory):
         run("push", folder, server)
         firsts = {name: server.repositories[name][0].oid for name in ("user/crm", "user/llm")}
         (folder / "revisions.json").write_text(json.dumps(firsts))
-        for name in ("crm", "llm"):
+        for name in ("crm", "llm", "run-crm", "run-llm"):
             (folder / f"{name}.md").write_bytes(server.find(f"user/{name}", "main").files["README.md"])
         # The same model, whose configuration names a base that is not there.
         files = dict(server.find("user/llm", "main").files)
@@ -76,7 +76,8 @@ def test_a_fresh_process_scores_the_same(hub):
     _, pushed, found, _ = hub
     for name in ("llm", "llm-saved", "llm-local", "given"):
         assert difference(found[name], pushed["llm"]) == 0.0
-    assert difference(found["crm-end"], pushed["crm-end"]) == 0.0
+    for name in ("crm-end", "run-crm", "run-llm"):
+        assert difference(found[name], pushed[name]) == 0.0
     assert difference(found["crm"], found["crm-by-hand"]) == 0.0
     assert difference(found["crm"], found["crm-auto"]) == 0.0
     assert len(found["recommended"][0]) == 3
@@ -136,7 +137,22 @@ def test_cards(hub):
             results = header["model-index"][0]["results"][0]
             assert results["dataset"]["name"] == "walk"
             assert "ndcg@10" in {metric["type"] for metric in results["metrics"]}
-    assert output.count("history") == 2 and output.count("item-") == 10
+    assert output.count("history") == 4 and output.count("item-") == 20
+
+
+def test_cards_of_a_run(hub):
+    server, *_ = hub
+    for side in ("crm", "llm"):
+        files = server.find(f"user/run-{side}", "main").files
+        header, text = files["README.md"].decode().split("---\n")[1:3]
+        header = yaml.safe_load(header)
+        assert header["license"] == "apache-2.0"
+        assert header["model-index"][0]["results"][0]["dataset"]["name"] == "walk"
+        assert "|  | test | validation | test, without distillation |" in text
+        assert "leave-one-out split, ranked against all 12 items, seen items masked, ties pessimistic" in text
+        assert "taught each other" in text
+        assert "vocabulary.json" in files and "training_args.bin" not in files
+    assert header["base_model"] == "user/base"
 
 
 def test_where_files_come_from(hub):

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Measure any saved model on any split of any log.
+
+    python examples/evaluate.py --model runs/demo/crm
+    python examples/evaluate.py --model USER/NAME-llm --dataset data/beauty --split validation --seen_items keep
+    python examples/evaluate.py --model runs/demo/crm --save_run crm.run --save_qrels demo.qrels
+
+The last item of every row is ranked against all items. A run and qrels are what trec_eval, ranx and others read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from llmd4rec_hf import RecommenderModel, load_interactions, ranking_metrics
+from llmd4rec_hf.command_line import column_pair, cut_offs, one_line_errors, script_parser
+from llmd4rec_hf.data import load_prepared, make_demo
+from llmd4rec_hf.data.formats import format_names
+from llmd4rec_hf.data.prepared import MANIFEST, SPLITS
+from llmd4rec_hf.errors import DataError
+from llmd4rec_hf.models.recommendations import save_qrels
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All options."""
+    parser = script_parser(__doc__)
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--model", required=True, metavar="SOURCE", help="a folder or Hub id, of a CRM or an LLM")
+    add(
+        "--dataset",
+        default="demo",
+        metavar="SOURCE",
+        help="demo, a file, a folder, a Hub id, or what prepare.py wrote",
+    )
+    add("--format", default="auto", choices=format_names(), metavar="NAME", help="of the log; found by default")
+    add("--columns", nargs="+", type=column_pair, metavar="OURS=THEIRS", help="user_id, item_id, timestamp, ...")
+    add("--split_by", default="leave_one_out", choices=list(SPLITS), help="%(default)s by default")
+    add("--split", default="test", choices=["train", "validation", "test"], help="%(default)s by default")
+    add = parser.add_argument_group("how").add_argument
+    add("--seen_items", default="mask", choices=["mask", "keep"], help="leave items of the history out of the ranking")
+    add("--new_items", default="refuse", choices=["refuse", "skip"], help="interactions with items the model lacks")
+    add("--ks", default="5,10,20", help="cut-offs (%(default)s)")
+    add("--batch_size", type=int, default=256, metavar="N", help="histories at a time (%(default)s)")
+    add("--use_cpu", action="store_true", help="even if there is an accelerator")
+    add = parser.add_argument_group("what to write").add_argument
+    add("--save_metrics", metavar="FILE", help="metrics and protocol, as JSON")
+    add("--save_run", metavar="FILE", help="the best items of every row, as a TREC run")
+    add("--save_qrels", metavar="FILE", help="the true items, as TREC qrels")
+    add("--run_depth", type=int, default=100, metavar="K", help="items per row of the run (%(default)s)")
+    return parser
+
+
+def load_rows(options: argparse.Namespace, model: RecommenderModel):
+    """The rows of the split, in the model's own internal ids."""
+    source = options.dataset
+    if source == "demo":
+        interactions = load_interactions(make_demo(seed=0)[0])
+    elif Path(source, MANIFEST).is_file():
+        interactions = load_prepared(source).interactions
+    else:
+        interactions = load_interactions(source, format=options.format, columns=dict(options.columns or []))
+    if options.new_items == "skip":
+        known = {str(item) for item in model.vocabulary.item_ids}
+        interactions = interactions.filter(lambda item: str(item) in known, input_columns="item_id")
+    rows = SPLITS[options.split_by](interactions, model.vocabulary)[options.split]
+    if len(rows) == 0:
+        raise DataError(f"No user has enough interactions for {options.split}.")
+    return rows
+
+
+def measure(options: argparse.Namespace, model: RecommenderModel, rows) -> dict[str, float]:
+    """Metrics by full ranking."""
+    from llmd4rec_hf import CRMArguments, CRMTrainer  # slow to import, and --help needs neither
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = CRMArguments(
+            folder,
+            per_device_eval_batch_size=options.batch_size,
+            seen_items=options.seen_items,
+            use_cpu=options.use_cpu,
+            disable_tqdm=len(rows) < 10_000,
+            report_to="none",
+        )
+        ranks = CRMTrainer(model, args).predict(rows).predictions
+    return ranking_metrics(ranks, cut_offs(options.ks))
+
+
+def save_lists(options: argparse.Namespace, model: RecommenderModel, rows) -> None:
+    """The run and the qrels."""
+    decode, users = model.vocabulary.decode, rows["user_id"]
+    if options.save_qrels:
+        save_qrels(options.save_qrels, users, [decode(row[-1:])[0] for row in rows["item_ids"]])
+    if options.save_run:
+        histories = [decode(row[:-1]) for row in rows["item_ids"]]
+        found = model.recommend(histories, options.run_depth, filter_seen=options.seen_items == "mask")
+        found.save_trec(options.save_run, users)
+
+
+def show(metrics: dict[str, float], title: str, caption: str, console: Console) -> None:
+    """A table with a row per cut-off."""
+    table = Table("k", "HR", "NDCG", "MRR", title=title, caption=caption)
+    for k in dict.fromkeys(name.split("@")[1] for name in metrics):
+        table.add_row(k, *(f"{metrics[f'{name}@{k}']:.4f}" for name in ("hr", "ndcg", "mrr")))
+    console.print(table)
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Load, measure, show, write."""
+    model = RecommenderModel.from_pretrained(options.model)
+    if model.vocabulary is None:
+        raise DataError(f"{options.model} has no vocabulary.json, so its internal ids mean nothing.")
+    rows = load_rows(options, model)
+    metrics = measure(options, model, rows)
+    protocol = {"split": options.split_by, "rows": options.split, "number_of_rows": len(rows)}
+    protocol |= {"seen_items": "masked" if options.seen_items == "mask" else "kept", "ties": "pessimistic"}
+    caption = f"{len(rows):,} rows against all {len(model.vocabulary):,} items, {options.split_by} split, "
+    caption += f"seen items {protocol['seen_items']}, ties pessimistic"
+    show(metrics, f"{Path(options.model).name}, {options.split}", caption, console)
+    if options.save_metrics:
+        content = {"model": options.model, "dataset": options.dataset, "protocol": protocol, "metrics": metrics}
+        Path(options.save_metrics).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    save_lists(options, model, rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: errors a user can mend are one line and exit code 1."""
+    options = build_parser().parse_args(argv)
+    with one_line_errors():
+        run(options, Console())
+
+
+if __name__ == "__main__":
+    main()

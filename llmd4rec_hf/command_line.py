@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the example scripts share: quiet libraries, help that reads as written, errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import datasets
+import transformers
+from rich.console import Console
+
+from .errors import ConfigurationError, LLMD4RecError
+
+
+def script_parser(doc: str) -> argparse.ArgumentParser:
+    """An empty parser whose help begins with a script's docstring."""
+    return argparse.ArgumentParser(
+        description=doc.strip(), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def column_pair(text: str) -> tuple[str, str]:
+    """`ours=theirs`, as options that name columns take it."""
+    ours, equals, theirs = text.partition("=")
+    if not (ours and equals and theirs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form OURS=THEIRS")
+    return ours, theirs
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Quiet libraries inside; an error that a user can mend becomes one line on stderr and exit code 1."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    except LLMD4RecError as error:
+        message = " ".join(str(error).split())
+        Console(stderr=True).print(f"[red]error:[/red] {escaped(message)}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+
+
+def escaped(text: str) -> str:
+    """Text in which nothing is taken for rich's markup, item titles with brackets among it."""
+    return text.replace("[", "\\[")
+
+
+def cut_offs(text: str) -> tuple[int, ...]:
+    """`5,10,20` as numbers."""
+    try:
+        ks = tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise ConfigurationError(f"Cut-offs are whole numbers parted by commas, got {text!r}.") from error
+    if min(ks) < 1:
+        raise ConfigurationError(f"A cut-off must be at least 1, got {text!r}.")
+    return ks

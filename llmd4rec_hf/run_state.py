@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run keeps on disk besides results: its state, its models, and a lock against a second run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from transformers.utils import logging
+
+from .errors import RunStateError
+from .files import file_facts, find_damage, is_altered, write_json
+from .processes import on_main_process
+
+
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "state.json"
+STATE_VERSION = 1
+LOCK_NAME = ".lock"
+HOLDER_NAME = ".lock_holder.json"
+# A process that was killed leaves its lock to the workers of its data loaders, for as long as they take to notice.
+_LOCK_SECONDS = 3
+
+
+class RunLock:
+    """
+    Holds a folder against a second run, in a `with` block. The system lets go of it when the process ends, however it
+    ends: there are no stale locks to clear away. Over a network file system it holds as far as that passes locks on.
+
+    Args:
+        folder (`Path`): made if it is not there.
+
+    Raises:
+        RunStateError: another run has it. The message says which.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._lock = FileLock(str(folder / LOCK_NAME), timeout=_LOCK_SECONDS)
+
+    def __enter__(self) -> RunLock:
+        on_main_process(self._acquire)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._lock.release()
+
+    def _acquire(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise RunStateError(
+                f"Another run works in {self.folder} ({self._holder()}): wait for it, or give another output_dir."
+            ) from None
+        holder = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        write_json(self.folder / HOLDER_NAME, holder)
+
+    def _holder(self) -> str:
+        try:
+            holder = json.loads((self.folder / HOLDER_NAME).read_text())
+            return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "it did not say which"
+
+
+def read_state(folder: Path, identity: dict) -> dict | None:
+    """
+    The state of the run that was begun in `folder`, or `None`. What it says is done is there, and as it was written.
+
+    Args:
+        folder (`Path`): the run's.
+        identity (`dict`): what makes two runs the same run, flat.
+
+    Raises:
+        RunStateError: a damaged state or model, or another run's state.
+    """
+    path = folder / STATE_NAME
+    if not path.is_file():
+        return None
+    afresh = "give another output_dir, or delete this one"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        version, found, phases = state["version"], dict(state["identity"]), state["phases"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunStateError(f"{path} is damaged ({error}): {afresh}.") from error
+    if version != STATE_VERSION:
+        raise RunStateError(f"{path} is of version {version}, this release reads {STATE_VERSION}: {afresh}.")
+    different = sorted(key for key in identity | found if identity.get(key) != found.get(key))
+    if different:
+        key = different[0]
+        raise RunStateError(
+            f"{folder} holds a run with other settings ({key}: {found.get(key)!r} there, {identity.get(key)!r} here): "
+            f"{afresh}."
+        )
+    for initial in sorted((folder / "phases").glob("initial-*")):
+        if damage := find_damage(initial):
+            raise RunStateError(f"{damage}. All models of this run began with it: {afresh}.")
+    state["phases"] = _usable(folder, phases)
+    state["finished"] = state["finished"] and len(state["phases"]) == len(phases)
+    return state
+
+
+def _usable(folder: Path, phases: dict) -> dict:
+    """The recorded phases up to the first whose model is gone: that one and those that built on it are run again."""
+    usable = {}
+    for name, record in phases.items():
+        model = folder / "phases" / name / "model"
+        if not model.exists():
+            logger.warning(f"{model} is gone: the run is repeated from {name} on.")
+            break
+        if damage := find_damage(model):
+            raise RunStateError(
+                f"{damage}. Put it back from a copy, or delete {model}: the run is then repeated from {name} on."
+            )
+        usable[name] = record
+    return usable
+
+
+def weights_facts(folder: Path) -> dict:
+    """Size and checksum of every weights file of a run's final models, by its path in `folder`."""
+    paths = [path for side in ("crm", "llm") for path in sorted((folder / side).glob("*.safetensors"))]
+    return {path.relative_to(folder).as_posix(): file_facts(path) for path in paths}
+
+
+def read_results(folder: Path, name: str, weights: dict) -> dict | None:
+    """A finished run's results, if they and the models they are of are as they were written."""
+    altered = next((path for path, facts in weights.items() if is_altered(folder / path, facts)), None)
+    try:
+        if altered is None:
+            return json.loads((folder / name).read_text(encoding="utf-8"))
+        problem = f"{folder / altered} is missing, torn or altered"
+    except (OSError, ValueError) as error:
+        problem = f"{folder / name} cannot be read ({error})"
+    logger.warning(f"{problem}: the end of the run is repeated.")
+    return None

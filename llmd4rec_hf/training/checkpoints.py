@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of which one knows whether they are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from transformers.trainer_callback import TrainerState
+from transformers.utils import logging
+
+from ..files import find_damage, write_manifest
+
+
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "trainer_state.json"
+LOSS_SUMS_NAME = "loss_sums.json"
+
+
+def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
+    """
+    The last checkpoint in `folder` that can be gone on from: every byte of it is as it was written, and so is the
+    best one that it points to. `Trainer`'s own choice is the last by name, which a process that died in the middle of
+    writing leaves torn.
+    """
+    for checkpoint in reversed(_checkpoints(Path(folder))):
+        problem = find_damage(checkpoint) or _damage_of_best(checkpoint)
+        if problem is None:
+            return str(checkpoint)
+        logger.warning(f"{checkpoint.name} is passed over: {problem}.")
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def _damage_of_best(checkpoint: Path) -> str | None:
+    best = json.loads((checkpoint / STATE_NAME).read_text())["best_model_checkpoint"]
+    if best is None or Path(best).name == checkpoint.name:
+        return None
+    return find_damage(checkpoint.with_name(Path(best).name))
+
+
+def rehome(checkpoint: str | os.PathLike) -> None:
+    """Let a checkpoint find the best one beside it, although the folder they are in has been moved."""
+    path = Path(checkpoint, STATE_NAME)
+    state = TrainerState.load_from_json(str(path))
+    best = state.best_model_checkpoint
+    here = None if best is None else str(Path(checkpoint).with_name(Path(best).name))
+    if best == here:
+        return
+    state.best_model_checkpoint = here
+    state.save_to_json(str(path))
+    write_manifest(path.parent)

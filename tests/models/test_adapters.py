@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, VeraConfig
+from transformers import AutoModel
+
+from llmd4rec_hf import LLMRecommender
+from llmd4rec_hf.errors import ConfigurationError
+
+
+KINDS = {
+    "lora": LoraConfig(r=2),
+    "dora": LoraConfig(r=2, use_dora=True),
+    "rslora": LoraConfig(r=2, use_rslora=True),
+    "loha": LoHaConfig(r=2),
+    "vera": VeraConfig(r=2),
+    "ia3": IA3Config(),
+}
+
+
+def trained(model, batch):
+    """Some steps, so that the adapter is no longer without effect."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("adapter_kind", KINDS)
+def test_any_adapter(tiny_folder, random_vectors, batch, tmp_path, adapter_kind):
+    def make():
+        torch.manual_seed(0)
+        options = {"peft_config": KINDS[adapter_kind], "prompt": "a user {history}"}
+        return LLMRecommender.from_backbone(tiny_folder, 12, 6, **options).eval()
+
+    model, plain = make(), make()
+    model.set_item_vectors(random_vectors())
+    plain.set_item_vectors(random_vectors())
+    trained(model, batch)
+    model.save_pretrained(tmp_path)
+    # Into a model of the same kind, in place, as trainers resume.
+    other = make()
+    other.load_weights(tmp_path)
+    # By PEFT alone, on the bare backbone.
+    bare = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_folder), tmp_path).eval()
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        hidden = model.encode(batch["item_ids"])
+        assert not torch.allclose(hidden, plain.encode(batch["item_ids"]), atol=1e-3)
+        assert torch.equal(LLMRecommender.from_pretrained(tmp_path).encode(batch["item_ids"]), hidden)
+        assert torch.equal(other.encode(batch["item_ids"]), hidden)
+        assert torch.equal(bare(tokens).last_hidden_state, model.backbone(tokens).last_hidden_state)
+
+
+def test_lora_gets_all_linear_layers(tiny_folder):
+    given = LoraConfig(r=2)
+    model = LLMRecommender.from_backbone(tiny_folder, 12, peft_config=given)
+    adapted = {name.split(".")[-4] for name, p in model.backbone.named_parameters() if "lora_A" in name}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert given.target_modules is None, "the user's own is left as it is"
+
+
+def test_refused_adapters(tiny_folder):
+    with pytest.raises(ConfigurationError, match="PromptTuningConfig adds virtual tokens"):
+        LLMRecommender.from_backbone(tiny_folder, 12, peft_config=PromptTuningConfig(num_virtual_tokens=2))
+    with pytest.raises(ConfigurationError, match="PEFT cannot adapt LlamaModel"):
+        LLMRecommender.from_backbone(tiny_folder, 12, peft_config=LoraConfig(target_modules=["nothing"]))
+
+
+def test_an_adapter_on_another_base(make_llm, tmp_path):
+    make_llm(adapter=True).save_pretrained(tmp_path)
+    config = AutoModel.from_pretrained(
+        json.loads((tmp_path / "config.json").read_text())["backbone_name_or_path"]
+    ).config
+    config.hidden_size *= 2
+    with pytest.raises(ConfigurationError, match="does not fit"):
+        LLMRecommender.from_pretrained(tmp_path, backbone=AutoModel.from_config(config))
+
+
+def test_bf16_base_under_heads_and_adapter_in_full_precision(make_llm, batch):
+    model = make_llm(adapter=True, dtype=torch.bfloat16)
+    kinds = {name: p.dtype for name, p in model.named_parameters()}
+    full = {dtype for name, dtype in kinds.items() if "lora_" in name or not name.startswith("backbone.")}
+    assert full == {torch.float32}
+    assert {dtype for name, dtype in kinds.items() if "base_layer" in name} == {torch.bfloat16}
+    model(**batch).loss.backward()
+    assert model.item_head.weight.grad.isfinite().all()
+
+
+FIRST_FORMAT = {
+    "model_type", "architectures", "num_items", "item_dim", "max_length", "supervision", "prefix_ids", "suffix_ids",
+    "item_text", "dropout", "backbone_name_or_path", "backbone_config",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_files_of_the_first_release(make_llm, batch, tmp_path, adapter):
+    """They say nothing of their version, nor whatever was added since."""
+    model = make_llm(adapter=adapter, text=True).eval()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["format_version"] == 1
+    (tmp_path / "config.json").write_text(json.dumps({name: config[name] for name in FIRST_FORMAT}))
+    loaded = LLMRecommender.from_pretrained(tmp_path)
+    assert torch.equal(loaded.encode(batch["item_ids"]), model.encode(batch["item_ids"]))
+    assert torch.equal(loaded.item_matrix(), model.item_matrix())

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmd4rec_hf import ItemVocabulary, LLMRecommender
+from llmd4rec_hf.errors import ConfigurationError, DataError
+from llmd4rec_hf.models.item_text import encode_texts
+
+
+@pytest.fixture
+def trained(make_llm, titles):
+    """A model with item text, trained for some steps: without a backbone of its own, or on an adapter."""
+
+    def make(adapter: bool) -> LLMRecommender:
+        model = make_llm(adapter=adapter, text=True)
+        model.vocabulary = ItemVocabulary([f"i{number}" for number in range(12)], titles)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(ids, labels=ids.roll(-1, dims=1)).loss.backward()
+            optimizer.step()
+        return model.eval()
+
+    return make
+
+
+@torch.no_grad()
+def scores(model, history):
+    hidden = model.encode(torch.tensor([history]))
+    return (hidden[0, -1] @ model.item_matrix().T)[1:]
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_a_cold_item_stands_beside_the_one_of_the_same_title(trained, titles, adapter):
+    model = trained(adapter)
+    before = scores(model, [3, 5])
+    popular = int(before.argmax())
+    model.add_items(["new", "other"], [titles[popular], "something else"])
+    after = scores(model, [3, 5])
+    assert torch.equal(after[:12], before), "known items keep their scores"
+    torch.testing.assert_close(after[12], before[popular], atol=2e-2, rtol=2e-2)
+    assert abs(after[13] - before[popular]) > abs(after[12] - before[popular])
+    assert model.recommend([["i2", "i4"]], k=3, filter_seen=False).ids[0][:2] in (
+        [f"i{popular}", "new"],
+        ["new", f"i{popular}"],
+    )
+    # It is read in a history as that item is.
+    torch.testing.assert_close(scores(model, [13, 5]), scores(model, [popular + 1, 5]), atol=5e-2, rtol=5e-2)
+
+
+def test_features_of_later_titles_are_those_of_all_titles_together(trained, titles):
+    """With an adapter, whatever it learned: as the plain backbone reads them, and standardised as the first ones."""
+    model = trained(adapter=True)
+    plain = trained(adapter=True).backbone.unload()
+    texts = ["red garden hose", "wool sofa"]
+    model.add_items(["a", "b"], texts)
+    together = encode_texts(plain, model.tokenizer, [*titles, *texts])
+    # Standardised over 14 titles instead of the first 12: a line in each dimension, found from the known ones.
+    known, features = together[:12], model.item_text_features[1:13]
+    slope = (features.std(dim=0) / known.std(dim=0)).nan_to_num(0)
+    expected = (together[12:] - known.mean(dim=0)) * slope + features.mean(dim=0)
+    torch.testing.assert_close(model.item_text_features[13:], expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_saved_and_loaded(trained, adapter, tmp_path):
+    model = trained(adapter)
+    model.add_items(["new"], ["blue rubber hose"])
+    model.save_pretrained(tmp_path)
+    loaded = LLMRecommender.from_pretrained(tmp_path)
+    assert loaded.config.num_items == 13
+    assert torch.equal(scores(loaded, [13, 1]), scores(model, [13, 1]))
+    best = loaded.recommend([["new", "i1"]], k=20, filter_seen=False).ids[0]
+    assert len(best) == 13 and "new" in best
+    assert loaded.recommend([["i1"]], candidates=["new"]).ids == [["new"]]
+
+
+def test_errors(trained, make_llm):
+    model = trained(adapter=True)
+    before = model.content_hash()
+    for arguments in [(["i3"], ["again"]), (["x", "y"], ["one text"]), (["x", "x"], ["one", "two"])]:
+        with pytest.raises(DataError):
+            model.add_items(*arguments)
+    assert model.content_hash() == before
+    model.vocabulary = None
+    for other in (model, make_llm()):
+        with pytest.raises(ConfigurationError, match="placed by their titles"):
+            other.add_items(["x"], ["y"])

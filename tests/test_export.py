@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An exported graph says what the model says, for any number of histories of any length."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, set_seed
+
+from llmd4rec_hf import GRU4RecConfig, GRU4RecModel, ItemVocabulary, RecommenderModel, SASRecConfig, SASRecModel
+from llmd4rec_hf.errors import ConfigurationError
+from llmd4rec_hf.export import export_model
+
+
+MAX_LENGTH, NUM_ITEMS, K = 5, 30, 6
+HISTORIES = {
+    "one item": [[3]],
+    "one history": [[3, 1, 4]],
+    "as long as the model reads": [[1, 2, 3, 4, 5]],
+    "longer than it reads": [[9, 8, 7, 6, 5, 4, 3, 2, 1]],
+    "of all lengths": [[1], [2, 3], [4, 5, 6, 4], list(range(1, 30)), [30, 30]],
+}
+
+
+def sasrec():
+    set_seed(0)
+    model = SASRecModel(SASRecConfig(num_items=NUM_ITEMS, hidden_size=8, num_heads=2, max_length=MAX_LENGTH))
+    model.vocabulary = ItemVocabulary(list(range(1, NUM_ITEMS + 1)))
+    return model
+
+
+def gru4rec():
+    set_seed(0)
+    model = GRU4RecModel(GRU4RecConfig(num_items=NUM_ITEMS, hidden_size=8, max_length=MAX_LENGTH))
+    model.vocabulary = ItemVocabulary(list(range(1, NUM_ITEMS + 1)))
+    return model
+
+
+MODELS = {"sasrec": sasrec, "gru4rec": gru4rec}
+
+
+@pytest.fixture(scope="module", params=["sasrec-onnx", "sasrec-torch", "gru4rec-onnx", "gru4rec-torch"])
+def exported(request, tmp_path_factory):
+    """`(model, folder, function from inputs to outputs)`."""
+    kind, format = request.param.split("-")
+    folder = tmp_path_factory.mktemp(request.param)
+    model = MODELS[kind]()
+    path = export_model(model, folder, format, k=K)
+    if format == "torch":
+        program = torch.export.load(path).module()
+        return (
+            model,
+            folder,
+            lambda **inputs: [
+                output.detach().numpy() for output in program(**{name: torch.tensor(x) for name, x in inputs.items()})
+            ],
+        )
+    session = pytest.importorskip("onnxruntime").InferenceSession(path)
+    return model, folder, lambda **inputs: session.run(None, inputs)
+
+
+def pad(rows):
+    padded = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    for row, items in zip(padded, rows, strict=True):
+        row[: len(items)] = items
+    return padded
+
+
+@pytest.mark.parametrize("filter_seen", [True, False], ids=["seen out", "seen in"])
+@pytest.mark.parametrize("case", HISTORIES)
+def test_parity_with_recommend(exported, case, filter_seen):
+    model, _, run = exported
+    histories = HISTORIES[case]
+    seen = pad(histories) if filter_seen else np.zeros((len(histories), 1), np.int64)
+    recommended, scores = run(item_ids=pad([row[-MAX_LENGTH:] for row in histories]), seen=seen)
+    expected = model.recommend(histories, K, filter_seen=filter_seen)
+    assert recommended.shape == scores.shape == (len(histories), K)
+    for row, row_scores, ids, values in zip(recommended, scores, expected.ids, expected.scores, strict=True):
+        assert row[: len(ids)].tolist() == ids
+        np.testing.assert_allclose(row_scores[: len(ids)], values, atol=1e-5)
+        # The history of 29 items leaves one.
+        assert not row[len(ids) :].any()
+        assert np.isneginf(row_scores[len(ids) :]).all()
+
+
+def test_what_lies_beside_the_graph(exported):
+    model, folder, _ = exported
+    assert ItemVocabulary.from_pretrained(folder) == model.vocabulary
+    facts = json.loads((folder / "export.json").read_text())
+    assert (facts["k"], facts["max_length"], facts["num_items"]) == (K, MAX_LENGTH, NUM_ITEMS)
+
+
+def test_the_model_stays_as_it_was(tmp_path):
+    model = sasrec().train()
+    before = model.content_hash()
+    export_model(model, tmp_path, "torch", k=1000)
+    assert model.training
+    assert model.content_hash() == before
+    assert json.loads((tmp_path / "export.json").read_text())["k"] == NUM_ITEMS
+
+
+def test_no_pickle_in_the_program(tmp_path):
+    path = export_model(sasrec(), tmp_path, "torch")
+    with zipfile.ZipFile(path) as archive:
+        assert not [name for name in archive.namelist() if archive.read(name)[:1] == b"\x80"]
+        assert not [name for name in archive.namelist() if archive.read(name)[:2] == b"PK"]
+
+
+def test_hidden_states_alone_for_an_index(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = sasrec().eval()
+    session = onnxruntime.InferenceSession(export_model(model, tmp_path, k=None))
+    item_ids = pad([[1, 2, 3], [4]])
+    (hidden,) = session.run(None, {"item_ids": item_ids})
+    items = np.load(tmp_path / "item_matrix.npy", allow_pickle=False)
+    scores = hidden @ items.T
+    expected = model.encode_last(torch.tensor(item_ids)) @ model.item_matrix().T
+    np.testing.assert_allclose(scores, expected.detach().numpy(), atol=1e-5)
+
+
+class AverageConfig(PreTrainedConfig):
+    model_type = "test-average"
+
+    def __init__(self, num_items=NUM_ITEMS, max_length=1, traceable=True, **kwargs):
+        self.num_items, self.max_length, self.traceable = num_items, max_length, traceable
+        super().__init__(**kwargs)
+
+
+class AverageModel(RecommenderModel):
+    """A user's own: the mean of the items so far."""
+
+    config_class = AverageConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.items = nn.Embedding(config.num_items + 1, 4)
+        self.post_init()
+
+    def item_matrix(self):
+        return self.items.weight
+
+    def encode(self, item_ids, attention_mask=None):
+        if not self.config.traceable:
+            item_ids = torch.tensor(item_ids.tolist())
+        states = self.items(item_ids).cumsum(dim=1)
+        return states / torch.arange(1, item_ids.shape[1] + 1)[:, None]
+
+
+def test_a_model_of_ones_own_that_reads_one_item(tmp_path):
+    model = AverageModel(AverageConfig())
+    model.vocabulary = ItemVocabulary(list(range(1, NUM_ITEMS + 1)))
+    program = torch.export.load(export_model(model, tmp_path, "torch", k=3)).module()
+    recommended, _ = program(item_ids=torch.tensor([[5]]), seen=torch.tensor([[0]]))
+    assert recommended.tolist() == model.recommend([[5]], 3, filter_seen=False).ids
+
+
+def test_what_cannot_be_exported(make_llm, vocabulary, tmp_path):
+    llm = make_llm()
+    llm.vocabulary = vocabulary
+    nameless, untraceable = sasrec(), AverageModel(AverageConfig(max_length=4, traceable=False))
+    nameless.vocabulary = None
+    untraceable.vocabulary = ItemVocabulary(list(range(1, NUM_ITEMS + 1)))
+    for model, options, message in [
+        (llm, {}, "deploy the CRM"),
+        (nameless, {}, "no item vocabulary"),
+        (untraceable, {}, "AverageModel cannot be traced"),
+        (sasrec(), {"k": 0}, "k must be at least 1"),
+        (sasrec(), {"format": "tflite"}, "must be one of onnx, torch"),
+    ]:
+        with pytest.raises(ConfigurationError, match=message):
+            export_model(model, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

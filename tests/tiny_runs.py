@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Tiny trainings in processes of their own, which tests kill, stop and number as ranks.
+
+All are forked off one process that has imported the libraries, so that a process costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import gc
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import TrainerState, set_seed
+
+from llmd4rec_hf import (
+    CRMArguments,
+    ItemVocabulary,
+    LLMRecommender,
+    MutualDistillArguments,
+    MutualDistillation,
+    MutualDistillationConfig,
+    SASRecConfig,
+    SASRecModel,
+    load_interactions,
+    mutual_distillation,
+    split_leave_one_out,
+)
+from llmd4rec_hf.errors import RunInterrupted
+from llmd4rec_hf.models import build_tiny_llm
+
+
+NUM_ITEMS = 12
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tiny_runs"])
+
+
+def world(users: int = 32):
+    """`(splits, vocabulary)` of users who walk round a circle of items."""
+    random = np.random.default_rng(7)
+    rows = []
+    for user in range(users):
+        item = int(random.integers(NUM_ITEMS))
+        for step in range(int(random.integers(4, 10))):
+            rows.append((f"u{user:02d}", f"i{item:02d}", step))
+            item = (item + int(random.choice([1, 1, 1, 2]))) % NUM_ITEMS
+    interactions = load_interactions(pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"]))
+    ids = sorted({row[1] for row in rows})
+    vocabulary = ItemVocabulary(ids, [f"title of thing {name}" for name in ids])
+    return split_leave_one_out(interactions, vocabulary), vocabulary
+
+
+def make_crm(seed: int = 0, dropout: float = 0.0) -> SASRecModel:
+    set_seed(seed)
+    return SASRecModel(SASRecConfig(num_items=NUM_ITEMS, hidden_size=8, num_layers=1, max_length=6, dropout=dropout))
+
+
+def make_llm(vocabulary: ItemVocabulary, seed: int = 0, dropout: float = 0.0) -> LLMRecommender:
+    set_seed(seed)
+    backbone, tokenizer = build_tiny_llm(vocabulary.texts, hidden_size=16, num_layers=1)
+    return LLMRecommender.from_backbone(
+        backbone, NUM_ITEMS, 8, tokenizer=tokenizer, prompt="title of {history} thing", max_length=6, dropout=dropout
+    )
+
+
+def make_run(
+    folder: str | Path, users: int = 32, rows_per_process: int = 16, dropout: float = 0.1, seed: int = 0, **config
+) -> MutualDistillation:
+    """Two rounds without controls; `seed` is that of the weights it begins with."""
+    splits, vocabulary = world(users)
+    shared = {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": rows_per_process}
+    return MutualDistillation(
+        make_llm(vocabulary, seed, dropout),
+        make_crm(seed, dropout),
+        splits,
+        vocabulary,
+        MutualDistillationConfig(str(folder), **{"rounds": 2, "tolerance": -1.0, "controls": False, **config}),
+        MutualDistillArguments("unused", **shared, num_train_epochs=2, learning_rate=5e-3),
+        CRMArguments("unused", **shared, num_train_epochs=3, learning_rate=1e-2),
+    )
+
+
+def results_of(folder: str | Path) -> dict:
+    """What a run has found out, without how long it took."""
+    results = json.loads(Path(folder, "results.json").read_text())
+    return {name: value for name, value in results.items() if name != "seconds"}
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+class Outcome:
+    """Exit codes, negative for a signal, and what the processes printed."""
+
+    def __init__(self, codes: list[int], output: str):
+        self.codes = codes
+        self.output = output
+
+
+def in_processes(target: Callable, *args, log: Path, processes: int = 1, timeout: float = 100, **kwargs) -> Outcome:
+    """Call `target` in each of `processes` new processes, which know each other as ranks if they are several."""
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+    started = []
+    for rank in range(processes):
+        place = {**rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        path = Path(f"{log}.{rank}")
+        process = PROCESSES.Process(target=_begin, args=(target, args, kwargs, place, str(path)))
+        process.start()
+        started.append((process, path))
+    for process, _ in started:
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    codes = [process.exitcode for process, _ in started]
+    return Outcome(codes, "\n".join(path.read_text() for _, path in started))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _begin(target, args, kwargs, place, log) -> None:
+    """What a child does: its output goes into a file, its end is an exit code."""
+    # Trainers collect garbage, among all the libraries' objects if they are not set apart; the report draws curves.
+    gc.freeze()
+    mutual_distillation.write_report = lambda results, folder: None
+    file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(place)
+    code = 0
+    try:
+        target(*args, **kwargs)
+    except RunInterrupted as stop:
+        print(f"RunInterrupted: {stop}")
+        code = 128 + stop.signal_number
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by a return: a rank that waits for others at its exit would hold up the test.
+    os._exit(code)
+
+
+# --- what happens in them --------------------------------------------------------------------------------------------
+
+
+def run(folder: str, die: tuple[str, str, int] | None = None, **settings) -> None:
+    """A run, which sends itself a signal where `die` (a name of `EVENTS`, a pattern, how often before) says."""
+    if die is not None:
+        event, pattern, times = die
+        EVENTS[event](pattern, times)
+    make_run(folder, **settings).run()
+
+
+def _after(times: int, number: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
+    """Counts, and sends the signal at the count of `times`."""
+    count = [0]
+
+    def tick():
+        count[0] += 1
+        if count[0] == times:
+            os.kill(os.getpid(), number)
+
+    return tick
+
+
+def _on_call(owner, name: str, number: signal.Signals = signal.SIGKILL, matches=lambda *args: True):
+    """Makes the calls of `owner.name` that match the last of the process, or the one that is told to stop."""
+
+    def install(pattern: str, times: int) -> None:
+        tick, original = _after(times, number), getattr(owner, name)
+
+        def call(*args, **kwargs):
+            if matches(pattern, *args):
+                tick()
+            return original(*args, **kwargs)
+
+        setattr(owner, name, call)
+
+    return install
+
+
+def _path_matches(index: int):
+    return lambda pattern, *args: len(args) > index and fnmatch.fnmatch(str(args[index]), pattern)
+
+
+def _torn_torch_save(pattern: str, times: int) -> None:
+    """A file of a checkpoint is written to its half when the process dies."""
+    original, tick = torch.save, _after(times)
+
+    def save(content, path, *args, **kwargs):
+        original(content, path, *args, **kwargs)
+        if fnmatch.fnmatch(str(path), pattern):
+            os.truncate(path, os.path.getsize(path) // 2)
+            tick()
+
+    torch.save = save
+
+
+def _torn_trainer_state(pattern: str, times: int) -> None:
+    original, tick = TrainerState.save_to_json, _after(times)
+
+    def save(state, path):
+        original(state, path)
+        if fnmatch.fnmatch(path, pattern):
+            os.truncate(path, os.path.getsize(path) // 2)
+            tick()
+
+    TrainerState.save_to_json = save
+
+
+def _events() -> dict:
+    from llmd4rec_hf.distillation import teacher_cache
+    from llmd4rec_hf.models import RecommenderModel
+    from llmd4rec_hf.training import DistillationTrainer
+
+    def in_phase(pattern, trainer, *args):
+        return fnmatch.fnmatch(trainer.args.output_dir, pattern)
+
+    return {
+        "step": _on_call(DistillationTrainer, "training_step", matches=in_phase),
+        "stop at step": _on_call(DistillationTrainer, "training_step", signal.SIGTERM, matches=in_phase),
+        "ctrl-c at step": _on_call(DistillationTrainer, "training_step", signal.SIGINT, matches=in_phase),
+        "stop at evaluation": _on_call(DistillationTrainer, "prediction_step", signal.SIGTERM, matches=in_phase),
+        "evaluation": _on_call(DistillationTrainer, "prediction_step", matches=in_phase),
+        "rename": _on_call(os, "replace", matches=_path_matches(1)),
+        "removal": _on_call(shutil, "rmtree", matches=_path_matches(0)),
+        "cache": _on_call(teacher_cache, "_fill_shard"),
+        "model": _on_call(RecommenderModel, "save_companions", matches=_path_matches(1)),
+        "torn torch.save": _torn_torch_save,
+        "torn trainer state": _torn_trainer_state,
+    }
+
+
+EVENTS = _events()
