@@ -74,16 +74,16 @@ def export_model(
     # On the CPU, in full precision and without dropout, whatever the caller's model is in the middle of.
     model = copy.deepcopy(model).cpu().float().eval()
     k = None if k is None else min(k, model.config.num_items)
-    program, shapes = _trace(model, k)
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / FILES[format]
-    (_save_onnx if format == "onnx" else _save_torch)(program, path, shapes)
+    with _quiet_exporter():
+        program, shapes = _trace(model, k)
+        path = Path(output_dir, FILES[format])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (_save_onnx if format == "onnx" else _save_torch)(program, path, shapes)
     if k is None:
-        np.save(output_dir / ITEM_MATRIX_NAME, model.item_matrix().detach().numpy(), allow_pickle=False)
-    model.vocabulary.save_pretrained(output_dir)
+        np.save(path.with_name(ITEM_MATRIX_NAME), model.item_matrix().detach().numpy(), allow_pickle=False)
+    model.vocabulary.save_pretrained(path.parent)
     facts = {"format_version": FORMAT_VERSION, "format": format, "k": k, "max_length": model.config.max_length}
-    write_json(output_dir / FACTS_NAME, facts | {"num_items": model.config.num_items})
+    write_json(path.with_name(FACTS_NAME), facts | {"num_items": model.config.num_items})
     return path
 
 
@@ -164,17 +164,16 @@ def _save_onnx(program: ExportedProgram, path: Path, shapes: dict) -> None:
     except ImportError as error:
         raise ConfigurationError(f"{error.name} is missing: pip install 'llmd4rec-hf[export]'.") from error
     outputs = ["recommended", "scores"] if "seen" in shapes else ["hidden"]
-    with _quiet_exporter():
-        graph = torch.onnx.export(
-            program, dynamo=True, verbose=False, dynamic_shapes=shapes, input_names=list(shapes), output_names=outputs
-        )
+    graph = torch.onnx.export(
+        program, dynamo=True, verbose=False, dynamic_shapes=shapes, input_names=list(shapes), output_names=outputs
+    )
     size = sum(value.numel() * value.element_size() for value in program.state_dict.values())
     graph.save(path, external_data=size > _LARGEST_ONNX_BYTES)
 
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Without the exporter's warnings: of operators of packages that are not installed, and of its own past."""
+    """Without warnings about operators of packages that are not installed, and about torch's own insides."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
     exporter.setLevel(logging.ERROR)

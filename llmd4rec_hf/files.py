@@ -22,7 +22,10 @@ _STORAGE_ERRORS = {
     *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
 }
 # What safetensors and torch make of an error of the system when they write.
-_STORAGE_WORDS = ("os error 28", "os error 30", "os error 122", "no space left", "file write failed", "disk quota")
+_STORAGE_WORDS = (
+    *("os error 28", "os error 30", "os error 122", "no space left", "disk quota"),
+    *("file write failed", "iostream error", "inline_container.cc"),
+)
 
 
 def write_json(path: Path, content: dict) -> None:

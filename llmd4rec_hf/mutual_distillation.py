@@ -190,6 +190,12 @@ class MutualDistillation:
                     f"{len(self.vocabulary)}: build both models with num_items=len(vocabulary)."
                 )
             self._check_vocabulary(side, model)
+        width = self.models["crm"].item_matrix().shape[1]
+        if self.models["llm"].config.item_dim != width:
+            raise ConfigurationError(
+                f"The CRM's item vectors are of width {width} and the LLM takes "
+                f"{self.models['llm'].config.item_dim}: build the LLM with item_dim={width}."
+            )
         for name, split in self.sequences.items():
             low, high = item_id_range(split)
             if low < 1 or high > len(self.vocabulary):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import gc
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -23,23 +23,30 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import PartialState
 from transformers import TrainerState, set_seed
 
 from llmd4rec_hf import (
     CRMArguments,
+    CRMTrainer,
     ItemVocabulary,
     LLMRecommender,
     MutualDistillArguments,
     MutualDistillation,
     MutualDistillationConfig,
+    MutualDistillTrainer,
+    RecommenderModel,
     SASRecConfig,
     SASRecModel,
+    TeacherCache,
     load_interactions,
     mutual_distillation,
     split_leave_one_out,
 )
-from llmd4rec_hf.errors import RunInterrupted
+from llmd4rec_hf.distillation import teacher_cache
+from llmd4rec_hf.errors import CacheError, RunInterrupted
 from llmd4rec_hf.models import build_tiny_llm
+from llmd4rec_hf.training import DistillationTrainer
 
 
 NUM_ITEMS = 12
@@ -111,6 +118,7 @@ class Outcome:
 
 def in_processes(target: Callable, *args, log: Path, processes: int = 1, timeout: float = 100, **kwargs) -> Outcome:
     """Call `target` in each of `processes` new processes, which know each other as ranks if they are several."""
+    _start_server()
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
     started = []
     for rank in range(processes):
@@ -126,6 +134,18 @@ def in_processes(target: Callable, *args, log: Path, processes: int = 1, timeout
             process.join()
     codes = [process.exitcode for process, _ in started]
     return Outcome(codes, "\n".join(path.read_text() for _, path in started))
+
+
+def _start_server() -> None:
+    """Python 3.11 does not tell it where to find what it is to import."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def _free_port() -> int:
@@ -227,10 +247,6 @@ def _torn_trainer_state(pattern: str, times: int) -> None:
 
 
 def _events() -> dict:
-    from llmd4rec_hf.distillation import teacher_cache
-    from llmd4rec_hf.models import RecommenderModel
-    from llmd4rec_hf.training import DistillationTrainer
-
     def in_phase(pattern, trainer, *args):
         return fnmatch.fnmatch(trainer.args.output_dir, pattern)
 
@@ -250,3 +266,85 @@ def _events() -> dict:
 
 
 EVENTS = _events()
+
+
+# --- for comparisons of one process with several ---------------------------------------------------------------------
+
+
+def train_cases(cases: dict[str, dict], rows_per_process: int, out: str) -> None:
+    """Train a model per case against a cached teacher, and put down what came out of it."""
+    results = {
+        name: _train_case(**case, rows_per_process=rows_per_process, out=f"{out}-{name}")
+        for name, case in cases.items()
+    }
+    if PartialState().is_main_process:
+        Path(f"{out}.json").write_text(json.dumps(results))
+
+
+def _train_case(kind: str, users: int, rows_per_process: int, out: str, **arguments) -> dict:
+    splits, vocabulary = world(users)
+    rows_per_process //= arguments.get("gradient_accumulation_steps", 1)
+    settings = {
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "num_train_epochs": 3,
+        "learning_rate": 5e-3,
+    }
+    settings |= {"per_device_train_batch_size": rows_per_process, "per_device_eval_batch_size": 8, **arguments}
+    if kind == "crm":
+        trainer_class, args, model, teacher = CRMTrainer, CRMArguments, make_crm(), make_llm(vocabulary, 1)
+    else:
+        trainer_class, args, model, teacher = (
+            MutualDistillTrainer,
+            MutualDistillArguments,
+            make_llm(vocabulary),
+            make_crm(1),
+        )
+    trainer = trainer_class(model, args(out, **settings), splits["train"], splits["validation"], teacher=teacher)
+    trainer.train()
+    metrics = {name: value for name, value in trainer.evaluate().items() if "@" in name}
+    logs = [entry for entry in trainer.state.log_history if "kl" in entry]
+    return {
+        "losses": [entry["loss"] for entry in logs],
+        "kl": [entry["kl"] for entry in logs],
+        "weights": model.item_matrix().flatten().tolist(),
+        "metrics": metrics,
+        "ranks": trainer.predict(splits["test"]).predictions.tolist(),
+        "steps": trainer.state.global_step,
+    }
+
+
+def stop_on_rank(folder: str, rank: int, **settings) -> None:
+    """A run, one process of which is told to stop."""
+    mine = os.environ["RANK"] == str(rank)
+    run(folder, die=("stop at step", "*1-llm*", 1) if mine else None, **settings)
+
+
+def fail_on_rank(folder: str, rank: int) -> None:
+    """A teacher cache, one process of which cannot write."""
+    write_shards = teacher_cache._write_shards
+
+    def fail(*args):
+        if PartialState().process_index == rank:
+            raise CacheError(f"the disk of rank {rank} is full")
+        return write_shards(*args)
+
+    teacher_cache._write_shards = fail
+    PartialState(cpu=True)
+    TeacherCache.build(make_crm(), world()[0]["train"], Path(folder, "cache"))
+
+
+def diverge_on_rank(folder: str, rank: int) -> None:
+    """A run in which one process's loss is not a number at its third step."""
+    step, count = DistillationTrainer.training_step, [0]
+
+    def diverge(trainer, *args, **kwargs):
+        loss = step(trainer, *args, **kwargs)
+        count[0] += 1
+        if count[0] == 3 and PartialState().process_index == rank:
+            trainer.guard.watch(loss * torch.nan)
+        return loss
+
+    DistillationTrainer.training_step = diverge
+    run(folder, rows_per_process=4)

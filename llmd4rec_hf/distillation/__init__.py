@@ -5,7 +5,15 @@ from __future__ import annotations
 
 from .loss import DistillationLoss, distillation_loss
 from .teacher_cache import TeacherCache
-from .weighting import confidence_weights, rank_weights
+from .weighting import TargetOutcome, confidence_weights, rank_weights, register_weighting
 
 
-__all__ = ["DistillationLoss", "TeacherCache", "confidence_weights", "distillation_loss", "rank_weights"]
+__all__ = [
+    "DistillationLoss",
+    "TargetOutcome",
+    "TeacherCache",
+    "confidence_weights",
+    "distillation_loss",
+    "rank_weights",
+    "register_weighting",
+]

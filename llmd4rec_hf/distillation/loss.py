@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigurationError
-from .weighting import WEIGHTINGS, confidence_weights, rank_weights
+from .weighting import WEIGHTINGS, TargetOutcome, rank_weights
 
 
 IGNORE_INDEX = -100
@@ -114,7 +114,8 @@ def distillation_loss(
         kl_weight (`float`, *optional*, defaults to 1.0):
             Weight of the KL term against cross-entropy.
         weighting (`str`, *optional*, defaults to `"rank"`):
-            `"rank"` for the paper's rank weights, `"confidence"` for their smooth counterpart, `"none"` for 1.
+            `"rank"` for the paper's rank weights, `"confidence"` for their smooth counterpart, `"none"` for 1, or a
+            name given to [`register_weighting`].
         rank_base (`int`, *optional*, defaults to 1):
             Rank of the best item inside the rank weights, 0 or 1. See [`rank_weights`].
         scale_by_temperature_squared (`bool`, *optional*, defaults to `True`):
@@ -329,13 +330,11 @@ def _autocast_dtype(device_type: str) -> torch.dtype:
 
 
 def _sample_weights(student, student_lse, teacher, teacher_lse, settings):
-    if settings.weighting == "none":
-        return torch.ones_like(student_lse)
     if settings.weighting == "rank":
         return rank_weights(student.ranks, teacher.ranks, settings.rank_base)
-    return confidence_weights(
-        student.target_scores / settings.temperature - student_lse,
-        teacher.target_scores / settings.temperature - teacher_lse,
+    return WEIGHTINGS[settings.weighting](
+        TargetOutcome(student.ranks, student.target_scores / settings.temperature - student_lse),
+        TargetOutcome(teacher.ranks, teacher.target_scores / settings.temperature - teacher_lse),
     )
 
 

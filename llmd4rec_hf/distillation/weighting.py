@@ -3,12 +3,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 from ..errors import ConfigurationError
 
 
-WEIGHTINGS = ("rank", "confidence", "none")
+class TargetOutcome(NamedTuple):
+    """
+    How a model does on the true items; what a weighting is a function of.
+
+    Attributes:
+        ranks (`torch.LongTensor` of shape `(P,)`): rank of the true item, 1 is best.
+        log_probs (`torch.FloatTensor` of shape `(P,)`): its log-probability at the loss's temperature, in nats.
+    """
+
+    ranks: torch.Tensor
+    log_probs: torch.Tensor
 
 
 def rank_weights(student_ranks: torch.Tensor, teacher_ranks: torch.Tensor, base: int = 1) -> torch.Tensor:
@@ -58,3 +71,35 @@ def confidence_weights(student_log_probs: torch.Tensor, teacher_log_probs: torch
         `torch.Tensor` of shape `(P,)`: weights in [0, 2].
     """
     return 2.0 * torch.sigmoid(teacher_log_probs - student_log_probs)
+
+
+WEIGHTINGS: dict[str, Callable[[TargetOutcome, TargetOutcome], torch.Tensor]] = {
+    "rank": lambda student, teacher: rank_weights(student.ranks, teacher.ranks),
+    "confidence": lambda student, teacher: confidence_weights(student.log_probs, teacher.log_probs),
+    "none": lambda student, teacher: torch.ones_like(student.log_probs),
+}
+
+
+def register_weighting(name: str, weighting: Callable[[TargetOutcome, TargetOutcome], torch.Tensor]) -> None:
+    """
+    Make a weighting of your own known by a name, which `distillation_loss`, the trainers' arguments and the command
+    line then take as `weighting`.
+
+    Args:
+        name (`str`): not one that is taken.
+        weighting (`Callable`): from the [`TargetOutcome`] of the student and that of the teacher to weights `(P,)`. No
+            gradient flows through them.
+
+    Raises:
+        ConfigurationError: a name that is taken.
+
+    Example:
+
+    ```python
+    >>> register_weighting("teacher_in_top_10", lambda student, teacher: (teacher.ranks <= 10).float())
+    >>> MutualDistillArguments("llm", weighting="teacher_in_top_10")
+    ```
+    """
+    if name in WEIGHTINGS and WEIGHTINGS[name] is not weighting:
+        raise ConfigurationError(f"There is a weighting called {name!r} already: choose another name.")
+    WEIGHTINGS[name] = weighting

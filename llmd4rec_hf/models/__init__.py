@@ -8,12 +8,13 @@ from transformers import AutoConfig, AutoModel
 from .gru4rec import GRU4RecConfig, GRU4RecModel
 from .llm_config import LLMRecommenderConfig
 from .llm_recommender import LLMRecommender
+from .recbole import RecBoleSASRecConfig, RecBoleSASRecModel
 from .recommender import Recommendations, RecommenderModel, RecommenderOutput
 from .sasrec import SASRecConfig, SASRecModel
 from .tiny_llm import build_tiny_llm
 
 
-for _model in (GRU4RecModel, LLMRecommender, SASRecModel):
+for _model in (GRU4RecModel, LLMRecommender, RecBoleSASRecModel, SASRecModel):
     AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
     AutoModel.register(_model.config_class, _model, exist_ok=True)
 
@@ -22,6 +23,8 @@ __all__ = [
     "GRU4RecModel",
     "LLMRecommender",
     "LLMRecommenderConfig",
+    "RecBoleSASRecConfig",
+    "RecBoleSASRecModel",
     "Recommendations",
     "RecommenderModel",
     "RecommenderOutput",

@@ -66,8 +66,11 @@ class DistillationSettings:
     def __post_init__(self):
         if not self.temperature > 0:
             raise ConfigurationError(f"temperature must be positive, got {self.temperature}.")
-        if self.kl_weight < 0:
+        if not self.kl_weight >= 0:
             raise ConfigurationError(f"kl_weight must not be negative, got {self.kl_weight}.")
+        for name in ("loss_chunk_size", "early_stopping_patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} must be at least 1, or left out, got {getattr(self, name)}.")
         choices = {
             "weighting": WEIGHTINGS,
             "rank_base": (0, 1),
@@ -76,7 +79,7 @@ class DistillationSettings:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ConfigurationError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+                raise ConfigurationError(f"{name} must be one of {tuple(allowed)}, got {getattr(self, name)!r}.")
 
     @classmethod
     def of(cls, args: TrainingArguments) -> DistillationSettings:

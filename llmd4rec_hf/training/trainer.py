@@ -126,9 +126,11 @@ class DistillationTrainer(Trainer):
                 f"The teacher scores {num_items} items and the student {self.model.config.num_items}: both must be "
                 "built over the same item vocabulary."
             )
-        vocabularies = None if is_cache else teacher.vocabulary, self.model.vocabulary
+        vocabularies = teacher.vocabulary, self.model.vocabulary
         if None not in vocabularies and (difference := vocabularies[0].first_difference(vocabularies[1])):
             raise ConfigurationError(f"Teacher and student have different item vocabularies: {difference}.")
+        if is_cache and isinstance(self.train_dataset, Dataset):
+            teacher.check(dataset=self.train_dataset)
 
     # --- data ----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmd4rec_hf.distillation import confidence_weights, rank_weights
+from llmd4rec_hf import CRMArguments, target_ranks
+from llmd4rec_hf.distillation import (
+    confidence_weights,
+    distillation_loss,
+    rank_weights,
+    register_weighting,
+    weighting,
+)
 from llmd4rec_hf.errors import ConfigurationError
 
 
@@ -101,3 +108,43 @@ def test_properties_of_confidence_weights(student, teacher):
     assert 0.0 <= weight.item() <= 2.0
     torch.testing.assert_close(weight + confidence_weights(teacher, student), torch.tensor([2.0]))
     assert confidence_weights(student, student).item() == 1.0
+
+
+# --- weightings of one's own -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_weighting():
+    register_weighting("sure_teacher", lambda student, teacher: 3 * (teacher.log_probs > -1.0) * (teacher.ranks == 1))
+    yield "sure_teacher"
+    del weighting.WEIGHTINGS["sure_teacher"]
+
+
+def test_a_weighting_of_ones_own_weighs(own_weighting):
+    torch.manual_seed(0)
+    hidden, items, labels = torch.randn(6, 4), torch.randn(9, 4), torch.tensor([1, 2, 3, 4, 5, 8])
+    teacher = torch.randn(6, 4)
+    teacher[:2] = 5 * items[labels[:2]]
+    plain = [
+        distillation_loss(hidden[[i]], items, labels[[i]], teacher[[i]], items, weighting="none", temperature=2.0)
+        for i in range(6)
+    ]
+    log_probs = (teacher @ items[1:].T / 2.0).log_softmax(dim=1)[range(6), labels - 1]
+    ranks = target_ranks(teacher, items, labels)
+    weights = [3.0 * (value > -1.0 and rank == 1) for value, rank in zip(log_probs.tolist(), ranks, strict=True)]
+    assert 0 < sum(weights) < 18
+    loss = distillation_loss(hidden, items, labels, teacher, items, weighting=own_weighting, temperature=2.0)
+    expected = sum(weight * part.kl for weight, part in zip(weights, plain, strict=True)) / 6
+    torch.testing.assert_close(loss.kl, torch.as_tensor(expected))
+    assert loss.weight_mean.item() == pytest.approx(sum(weights) / 6)
+
+
+def test_the_trainers_take_its_name(own_weighting, tmp_path):
+    assert CRMArguments(str(tmp_path), weighting=own_weighting, report_to="none").weighting == own_weighting
+    with pytest.raises(ConfigurationError, match="must be one of .*'sure_teacher'"):
+        CRMArguments(str(tmp_path), weighting="unsure", report_to="none")
+
+
+def test_a_name_is_taken_once(own_weighting):
+    with pytest.raises(ConfigurationError, match="already"):
+        register_weighting("rank", lambda student, teacher: student.ranks)

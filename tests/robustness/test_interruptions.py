@@ -64,7 +64,7 @@ def test_killed_anywhere_and_started_again_it_ends_with_the_same_numbers(uninter
         (("ctrl-c at step", "*1-llm*", 1), "in LLM round 1 after step 1", 130),
         # The last step of an epoch, before its evaluation: it stops one step later.
         (("stop at step", "*1-llm*", 2), "in LLM round 1 after step 3", 143),
-        (("stop at evaluation", "*2-llm*", 5), "after LLM round 2", 143),
+        (("stop at evaluation", "*2-llm*", 3), "after LLM round 2", 143),
     ],
 )
 def test_a_signal_stops_at_the_next_step_and_the_run_goes_on_from_there(uninterrupted, tmp_path, event, where, code):

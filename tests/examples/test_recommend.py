@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from llmd4rec_hf import SASRecModel
+
+
+@pytest.fixture(scope="module")
+def main(load_script):
+    return load_script("recommend").main
+
+
+def test_histories_of_the_command_line(main, saved_crm, capsys):
+    main(["--model", saved_crm, "--history", "i01", "i02", "--history", "i05", "--k", "3"])
+    printed = capsys.readouterr().out
+    best = SASRecModel.from_pretrained(saved_crm).recommend([["i01", "i02"], ["i05"]], 3).ids
+    assert all(f"title of thing {item}" in printed for row in best for item in row)
+    assert "i01 i02" in printed
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_every_user_of_a_log(main, saved_crm, log_file, tmp_path, ending):
+    path = tmp_path / f"out.{ending}"
+    words = ["--model", saved_crm, "--dataset", log_file, "--k", "2", "--keep_seen", "--output", str(path)]
+    main(words)
+    read = {"csv": pd.read_csv, "jsonl": lambda path: pd.read_json(path, lines=True), "parquet": pd.read_parquet}
+    frame = read[ending](path)
+    assert list(frame.columns) == ["user_id", "item_id", "score", "rank"]
+    assert frame["user_id"].nunique() == 40
+    assert len(frame) == 80
+
+
+def test_only_candidates(main, saved_crm, tmp_path, capsys):
+    (tmp_path / "stock.txt").write_text("i03\ni07\n")
+    main(["--model", saved_crm, "--history", "i01", "--candidates", str(tmp_path / "stock.txt")])
+    printed = capsys.readouterr().out
+    assert "i03" in printed and "i07" in printed and "i08" not in printed
+
+
+def test_similar_items_and_many_queries(main, saved_crm, capsys):
+    main(["--model", saved_crm, "--similar_to", *["i03"] * 21, "--k", "2"])
+    printed = capsys.readouterr().out
+    assert SASRecModel.from_pretrained(saved_crm).similar_items(["i03"], 2).ids[0][0] in printed
+    assert "1 more" in printed
+
+
+def test_unknown_items_can_be_skipped(main, saved_crm, capsys, fails):
+    fails(main, ["--model", saved_crm, "--history", "i01", "[x]"], "first '[x]'")
+    main(["--model", saved_crm, "--history", "i01", "[x]", "--skip_unknown"])
+    assert "i01 [x]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--history", "i01", "--output", "out.pkl"], "its ending must be one of .csv"),
+        (["--history", "i01", "--k", "0"], "k must be at least 1"),
+        (["--history", "i01", "--candidates", "nowhere.txt"], "Cannot read the candidates in nowhere.txt"),
+        (["--similar_to", "x"], "not in the vocabulary"),
+    ],
+)
+def test_errors_are_one_line(main, saved_crm, fails, words, message):
+    fails(main, ["--model", saved_crm, *words], message)

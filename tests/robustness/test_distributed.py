@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes give the answer of one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_runs
+from tiny_runs import in_processes, results_of
+
+
+# 31 users with something to train on do not divide by the rows of a step: the last batch of an epoch is ragged.
+CASES = {
+    "crm, whole batches": {"kind": "crm", "users": 32},
+    "crm, ragged": {"kind": "crm", "users": 27},
+    "crm, ragged, a process without rows of its own": {"kind": "crm", "users": 18},
+    "crm, ragged, divided by the batch, accumulated": {
+        "kind": "crm",
+        "users": 27,
+        "loss_normalization": "batch",
+        "gradient_accumulation_steps": 2,
+    },
+    "llm, ragged": {"kind": "llm", "users": 27},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What each case gives with one process and with two, on the same rows per step."""
+    folder = tmp_path_factory.mktemp("trained")
+    for processes, rows in ((1, 16), (2, 8)):
+        outcome = in_processes(
+            tiny_runs.train_cases, CASES, rows, str(folder / f"{processes}"), processes=processes, log=folder / "log"
+        )
+        assert outcome.codes == [0] * processes, outcome.output
+    return [json.loads((folder / f"{processes}.json").read_text()) for processes in (1, 2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_has_the_same_losses_and_metrics(trained, case):
+    one, two = (results[case] for results in trained)
+    assert len(one["losses"]) == one["steps"] > 1
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert two["kl"] == pytest.approx(one["kl"], abs=1e-5)
+    assert two["weights"] == pytest.approx(one["weights"], abs=1e-5)
+    assert two["metrics"] == one["metrics"]
+    assert two["ranks"] == one["ranks"]
+
+
+@pytest.mark.parametrize("users", [32, 27])
+def test_a_whole_run_has_the_same_results(tmp_path, users):
+    """27 users: ragged batches everywhere, and shards of unequal size in the teacher caches."""
+    for processes, rows in ((1, 16), (2, 8)):
+        outcome = in_processes(
+            tiny_runs.run,
+            str(tmp_path / f"{processes}"),
+            users=users,
+            rows_per_process=rows,
+            dropout=0.0,
+            processes=processes,
+            log=tmp_path / f"log{processes}",
+        )
+        assert outcome.codes == [0] * processes, outcome.output
+    one, two = results_of(tmp_path / "1"), results_of(tmp_path / "2")
+    assert two["final"] == one["final"]
+    for here, there in zip(one["rounds"], two["rounds"], strict=True):
+        assert {k: v for k, v in here.items() if k != "distillation"} == {
+            k: v for k, v in there.items() if k != "distillation"
+        }
+        for side in ("crm", "llm"):
+            assert there["distillation"][side] == pytest.approx(here["distillation"][side], abs=1e-5)
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step_and_both_go_on(tmp_path):
+    folder, settings = str(tmp_path / "run"), {"rows_per_process": 8, "rounds": 1}
+    stopped = in_processes(tiny_runs.stop_on_rank, folder, 1, **settings, processes=2, log=tmp_path / "stopped")
+    assert stopped.codes == [143, 143], stopped.output
+    assert stopped.output.count("in LLM round 1 after step 1. Everything is saved") == 2
+    again = in_processes(tiny_runs.run, folder, **settings, processes=2, log=tmp_path / "again")
+    assert again.codes == [0, 0], again.output
+    whole = in_processes(tiny_runs.run, str(tmp_path / "whole"), **settings, processes=2, log=tmp_path / "whole-log")
+    assert whole.codes == [0, 0], whole.output
+    assert results_of(folder) == results_of(tmp_path / "whole")
+
+
+def test_a_failure_on_one_process_is_that_of_all(tmp_path):
+    outcome = in_processes(tiny_runs.fail_on_rank, str(tmp_path), 1, processes=2, log=tmp_path / "log", timeout=60)
+    assert outcome.codes == [1, 1], outcome.output
+    # Both while the cache is built, and on what only the main process does.
+    assert outcome.output.count("CacheError: process 1: the disk of rank 1") == 1
+    assert outcome.output.count("CacheError: the disk of rank 1") == 1
+
+
+def test_a_loss_that_is_not_finite_on_one_process_ends_both(tmp_path):
+    outcome = in_processes(
+        tiny_runs.diverge_on_rank, str(tmp_path / "run"), 1, processes=2, log=tmp_path / "log", timeout=60
+    )
+    assert outcome.codes == [1, 1], outcome.output
+    assert outcome.output.count("The loss is not finite in CRM warm-up at step 3") == 2
