@@ -43,7 +43,7 @@ bench: $(INSTALLED) ## run the benchmarks that need no other package, one after 
 	for script in loss; do $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
 
 docs: $(INSTALLED) ## build the documentation into site/ (ARGS="-d FOLDER" for another place)
-	$(BIN)/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 clean: ## remove the environment, caches and built files; runs/ stays
 	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -27,10 +27,12 @@ WIDTHS, BATCH_SIZE, TEMPERATURE = (64, 1024), 256, 2.0
 
 
 def make_model(num_items: int, width: int) -> SASRecModel:
-    """Random weights whose scores spread like those of a trained model (standard deviation of 2)."""
+    """Random weights whose scores spread like those of a trained model (standard deviation of about 2)."""
     set_seed(width)
     model = SASRecModel(SASRecConfig(num_items=num_items, hidden_size=width, num_layers=1, dropout=0.0)).eval()
     torch.nn.init.normal_(model.item_embedding.weight, std=2 / width**0.5)
+    # Without it a random model of tied embeddings is certain of the item it has just read, and certainty hides errors.
+    torch.nn.init.normal_(model.final_norm.weight)
     return model
 
 
@@ -51,17 +53,22 @@ def softened_kl(scores: torch.Tensor, teacher_scores: torch.Tensor) -> torch.Ten
 
 @torch.no_grad()
 def kl_error(cache: TeacherCache, teacher: SASRecModel, student: SASRecModel, batches) -> dict[str, float]:
-    """Largest relative difference of a position's KL, and of the mean of a batch, from the live teacher's."""
-    single, mean = 0.0, 0.0
+    """
+    Largest relative difference of a position's KL, and of the mean of a batch, from the live teacher's; and the mean
+    of exp(entropy) of the softened teacher, in items, without which small differences would say little.
+    """
+    single, mean, breadth = 0.0, 0.0, []
     for batch in batches:
         mask = batch["labels"] != -100
         scores = student.encode(batch["item_ids"])[mask] @ student.item_matrix()[1:].T
         hidden = cache.lookup(batch["row_id"], batch["labels"], batch["attention_mask"]).float()
-        live = softened_kl(scores, teacher.encode(batch["item_ids"])[mask] @ teacher.item_matrix()[1:].T)
+        live_scores = teacher.encode(batch["item_ids"])[mask] @ teacher.item_matrix()[1:].T
+        live = softened_kl(scores, live_scores)
         cached = softened_kl(scores, hidden @ cache.item_matrix[1:].float().T)
         single = max(single, ((cached - live).abs() / live).max().item())
         mean = max(mean, (cached.mean() / live.mean() - 1).abs().item())
-    return {"position": single, "batch_mean": mean}
+        breadth.append(torch.distributions.Categorical(logits=live_scores / TEMPERATURE).perplexity().mean().item())
+    return {"position": single, "batch_mean": mean, "teacher_perplexity": sum(breadth) / len(breadth)}
 
 
 def reading_speed(cache: TeacherCache, batches: list) -> float:
@@ -123,6 +130,7 @@ def show(result: dict) -> None:
     print(f"  1/{result['times_smaller_with_item_matrix']:.1f} with item matrix and index")
     errors = result["relative_kl_error"]
     print(f"  KL off by {errors['position']:.1e} (a position), {errors['batch_mean']:.1e} (mean of a batch), relative")
+    print(f"  the softened teacher's perplexity: {errors['teacher_perplexity']:,.0f} items")
     print(f"  {result['positions_read_per_second']:,.0f} positions read per second")
 
 

@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="default", choices=PROMPTS, help="of all variants (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="all variants")
     parser.add_argument(
-        "--prompts_per_pass", type=int, default=64, help="of the variant that is as E4SRec (default: %(default)s)"
+        "--prompts_per_pass", type=int, default=16, help="of the variant that is as E4SRec (default: %(default)s)"
     )
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -146,7 +146,7 @@ def main() -> None:
     }
     setting |= {"lora": options.lora, "bf16": options.bf16}
     result = {"dataset": load(options.dataset)[0], "setting": setting, "ratios": found, "variants": results}
-    write_result("llm_training", result)
+    write_result(f"llm_training_{Path(options.llm).name}" if options.llm else "llm_training", result)
 
 
 if __name__ == "__main__":

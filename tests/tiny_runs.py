@@ -23,7 +23,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed.fsdp
+import torch.distributed.tensor
 from accelerate import PartialState
+from accelerate.utils import reduce
 from transformers import TrainerState, set_seed
 
 from llmd4rec_hf import (
@@ -38,7 +41,9 @@ from llmd4rec_hf import (
     RecommenderModel,
     SASRecConfig,
     SASRecModel,
+    SequenceCollator,
     TeacherCache,
+    distillation_loss,
     load_interactions,
     mutual_distillation,
     split_leave_one_out,
@@ -46,6 +51,7 @@ from llmd4rec_hf import (
 from llmd4rec_hf.distillation import teacher_cache
 from llmd4rec_hf.errors import CacheError, RunInterrupted
 from llmd4rec_hf.models import build_tiny_llm
+from llmd4rec_hf.models.recommender import supervised
 from llmd4rec_hf.training import DistillationTrainer
 
 
@@ -348,3 +354,30 @@ def diverge_on_rank(folder: str, rank: int) -> None:
 
     DistillationTrainer.training_step = diverge
     run(folder, rows_per_process=4)
+
+
+def train_in_shards(out: str, kind: str, reshard: bool) -> None:
+    """Five steps of a model that torch's FSDP2 cuts over the processes, with the loss outside of its forward."""
+    state = PartialState(cpu=True)
+    splits, vocabulary = world(16)
+    model = make_crm() if kind == "crm" else make_llm(vocabulary)
+    if state.num_processes > 1:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (state.num_processes,))
+        torch.distributed.fsdp.fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+        assert any(isinstance(p, torch.distributed.tensor.DTensor) for p in model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    batch = SequenceCollator(max_length=6)(list(splits["train"]))
+    count = (batch["labels"] != -100).sum()
+    mine = {name: value.chunk(state.num_processes)[state.process_index] for name, value in batch.items()}
+    losses = []
+    for _ in range(5):
+        outputs = model(mine["item_ids"], mine["attention_mask"])
+        hidden, item_matrix, labels = supervised(outputs.hidden, mine["labels"], outputs.item_matrix)
+        loss = distillation_loss(hidden, item_matrix, labels, num_items_in_batch=count).loss
+        # FSDP averages gradients over processes, as DDP does.
+        (loss * state.num_processes).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(reduce(loss.detach(), "sum")))
+    if state.is_main_process:
+        Path(out).write_text(json.dumps(losses))

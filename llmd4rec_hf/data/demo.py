@@ -100,6 +100,9 @@ def make_demo(
     Returns:
         `tuple[datasets.Dataset, datasets.Dataset]`: What [`load_interactions`] and [`load_items`] return; items also
         carry `category`, `brand`, `style` and `colour`.
+
+    Raises:
+        `ConfigurationError`: No user, or fewer than 10 items.
     """
     if num_users < 1 or num_items < 10:
         raise ConfigurationError(f"num_users={num_users}, num_items={num_items}; the demo needs 1 user and 10 items")

@@ -45,6 +45,9 @@ def rank_weights(student_ranks: torch.Tensor, teacher_ranks: torch.Tensor, base:
     Returns:
         `torch.Tensor` of shape `(P,)`: weights in [0, 2], float32.
 
+    Raises:
+        ConfigurationError: `base` is neither 0 nor 1.
+
     Source: LLMD4Rec (arXiv 2505.18120), sample-wise adaptive weights `w1` and `w2`.
     """
     if base not in (0, 1):

@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny_runs
+from accelerate.commands.config.config_args import load_config_from_file
 from tiny_runs import in_processes, results_of
 
 
@@ -98,3 +103,51 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_both(tmp_path):
     )
     assert outcome.codes == [1, 1], outcome.output
     assert outcome.output.count("The loss is not finite in CRM warm-up at step 3") == 2
+
+
+@pytest.mark.parametrize("kind", ["crm", "llm"])
+def test_a_model_in_shards_has_the_same_losses(tmp_path, kind):
+    """By torch's FSDP2 itself: `accelerate` cuts models over accelerators alone, and over CPUs makes copies."""
+    for processes in (1, 2):
+        outcome = in_processes(
+            tiny_runs.train_in_shards,
+            str(tmp_path / f"{processes}.json"),
+            kind,
+            False,
+            processes=processes,
+            log=tmp_path / f"log{processes}",
+            timeout=60,
+        )
+        assert outcome.codes == [0] * processes, outcome.output
+    one, two = (json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2))
+    assert one[-1] < one[0]
+    assert two == pytest.approx(one, abs=1e-5)
+
+
+CONFIGURATIONS = sorted((Path(__file__).parents[2] / "examples" / "accelerate_configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_accelerate_reads_our_configurations(path):
+    """And each says what it was tested on."""
+    configuration = load_config_from_file(str(path))
+    assert configuration.num_processes >= 1
+    assert "# Tested on: " in path.read_text()
+
+
+@pytest.mark.slow
+def test_launched_by_accelerate_as_the_documentation_says(tmp_path):
+    log = tmp_path / "log.csv"
+    log.write_text(
+        "user_id,item_id,timestamp\n" + "".join(f"{u},{(u + t) % 7},{t}\n" for u in range(9) for t in range(6))
+    )
+    script = Path(__file__).parents[2] / "examples" / "train.py"
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--mixed_precision", "no", str(script), "--dataset", str(log), "--use_cpu", "--rounds", "1"]
+    command += ["--output_dir", str(tmp_path / "run"), "--crm_num_train_epochs", "1", "--llm_num_train_epochs", "1"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(script.parents[1])}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert results_of(tmp_path / "run")["final"]["llm"]["test"]
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert state["identity"]["llm_args.rows_per_step"] == 2 * 64
