@@ -125,6 +125,11 @@ def own_command(options, folder: Path, *words: str) -> list[str]:
     return [sys.executable, sys.argv[0], "--worker", *shared, *words]
 
 
+def hide_path(python: str | None) -> None:
+    """Keep the place of the peers' interpreter out of the command that a result states."""
+    sys.argv = ["PEERS/bin/python" if word == python else word for word in sys.argv]
+
+
 def add_shared_options(parser: argparse.ArgumentParser, seconds: float | None, repeats: int) -> None:
     """Options of every benchmark whose variants take turns."""
     parser.add_argument("--dataset", default="demo", help="folder or file of a log (default: the built-in data)")
@@ -162,6 +167,7 @@ def main() -> None:
         own = {name: results[name] for name in ("ours", "ours bf16", base)}
         found |= ratios(own, base)
     show(results, found, "positions")
+    hide_path(options.peers_python)
     write_result("crm_training", {"dataset": facts, "sizes": SIZES, "ratios": found, "variants": results})
 
 

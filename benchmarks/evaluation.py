@@ -20,6 +20,7 @@ from crm_training import (
     add_shared_options,
     common_arguments,
     export,
+    hide_path,
     load,
     make_sasrec,
     own_command,
@@ -64,6 +65,7 @@ def main() -> None:
         results = take_turns(commands, 0, options.repeats, options.threads)
     found = ratios(results, "RecBole" if options.peers_python else "ours")
     show(results, found, "users")
+    hide_path(options.peers_python)
     write_result("evaluation", {"dataset": facts, "sizes": SIZES, "ratios": found, "variants": results})
 
 

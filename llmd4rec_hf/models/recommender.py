@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -164,7 +165,7 @@ class RecommenderModel(PreTrainedModel):
             DataError: an unknown item, or a history without a known one.
         """
         self._check_request(k)
-        encoded = [self.vocabulary.encode(list(history), unknown=on_unknown) for history in histories]
+        encoded = self._encode_histories([list(history) for history in histories], on_unknown)
         for index, history in enumerate(encoded):
             if len(history) == 0:
                 raise DataError(f"History {index} holds no known item: there is nothing to recommend from.")
@@ -224,6 +225,14 @@ class RecommenderModel(PreTrainedModel):
             )
         if k < 1:
             raise ConfigurationError(f"k must be at least 1, got {k}.")
+
+    def _encode_histories(self, histories: list[list], on_unknown: str) -> list[np.ndarray]:
+        if on_unknown == "ignore":
+            return [self.vocabulary.encode(history, unknown=on_unknown) for history in histories]
+        # All at once, because the vocabulary's index is built anew for every call.
+        flat = self.vocabulary.encode([item for history in histories for item in history], unknown=on_unknown)
+        ends = np.cumsum([len(history) for history in histories], dtype=np.int64)
+        return [flat[end - len(history) : end] for history, end in zip(histories, ends, strict=True)]
 
     def _candidate_mask(self, candidates, on_unknown) -> torch.Tensor:
         allowed = torch.zeros(self.config.num_items + 1, dtype=torch.bool, device=self.device)

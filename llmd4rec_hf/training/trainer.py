@@ -250,7 +250,9 @@ class DistillationTrainer(Trainer):
             scale_by_temperature_squared=self.settings.scale_by_temperature_squared,
             num_items_in_batch=divisor,
         )
-        parts = self._loss_chunks.run(lambda size: loss_of_chunks(chunk_size=size), labels.numel())
+        # Autocast ends with the model's forward, and most of a step's arithmetic is here.
+        with self.accelerator.autocast():
+            parts = self._loss_chunks.run(lambda size: loss_of_chunks(chunk_size=size), labels.numel())
         self._record(parts, labels.numel(), divisor)
         # Gradients are averaged over processes, and the divisor counts the positions of all of them.
         loss = parts.loss * self.accelerator.num_processes

@@ -116,6 +116,19 @@ def test_every_position_counts_the_same_with_dataset_normalization(make_crm, arg
     assert np.mean(losses) == pytest.approx(whole.state.log_history[0]["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_half_precision_reaches_the_loss(make_crm, arguments, splits, monkeypatch, bf16, dtype):
+    seen = set()
+
+    def record(*args, **kwargs):
+        seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return distillation_loss(*args, **kwargs)
+
+    monkeypatch.setattr("llmd4rec_hf.training.trainer.distillation_loss", record)
+    train(make_crm(0), arguments(bf16=bf16), splits, make_crm(1))
+    assert seen == {dtype}
+
+
 def test_teacher_gets_no_gradient_and_does_not_change(make_crm, arguments, splits):
     teacher = make_crm(1).train()
     before = teacher.content_hash()
