@@ -25,6 +25,7 @@ logging.basicConfig(format="%(message)s", handlers=[RichHandler(show_path=False,
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 logging.getLogger("llmd4rec_hf").setLevel(logging.INFO)
 
+from llmd4rec_hf.command_line import column_pair  # noqa: E402
 from llmd4rec_hf.data import make_demo, prepare, render  # noqa: E402
 from llmd4rec_hf.data.filters import DUPLICATES  # noqa: E402
 from llmd4rec_hf.data.formats import format_names  # noqa: E402
@@ -50,9 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--items_format", default="auto", choices=format_names(), metavar="NAME", help="of the catalogue")
     add(
-        "--columns", nargs="+", type=_pair, metavar="OURS=THEIRS", help="user_id, item_id, timestamp, position, rating"
+        "--columns",
+        nargs="+",
+        type=column_pair,
+        metavar="OURS=THEIRS",
+        help="user_id, item_id, timestamp, position, rating",
     )
-    add("--item_columns", nargs="+", type=_pair, metavar="OURS=THEIRS", help="item_id, title")
+    add("--item_columns", nargs="+", type=column_pair, metavar="OURS=THEIRS", help="item_id, title")
     add = parser.add_argument_group("what to leave out (nothing by default)").add_argument
     add("--min_rating", type=float, metavar="R", help="interactions rated lower")
     add("--start_time", metavar="TIME", help="interactions before it; seconds or an ISO date")
@@ -71,13 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split", default="leave_one_out", choices=list(SPLITS), help="%(default)s by default")
     add("--floors", action=argparse.BooleanOptionalAction, default=True, help="popularity and item kNN in the card")
     return parser
-
-
-def _pair(text: str) -> tuple[str, str]:
-    ours, equals, theirs = text.partition("=")
-    if not (ours and equals and theirs):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form OURS=THEIRS")
-    return ours, theirs
 
 
 def run(options: argparse.Namespace, console: Console) -> None:

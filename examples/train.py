@@ -47,6 +47,7 @@ from llmd4rec_hf import (  # noqa: E402
     SASRecConfig,
     SASRecModel,
 )
+from llmd4rec_hf.command_line import column_pair  # noqa: E402
 from llmd4rec_hf.data import PreparedData, load_prepared, make_demo, prepare  # noqa: E402
 from llmd4rec_hf.data.formats import format_names  # noqa: E402
 from llmd4rec_hf.data.prepared import MANIFEST, SPLITS  # noqa: E402
@@ -75,8 +76,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset", default="demo", help="demo, a file, a folder, a Hub id, or what prepare.py wrote")
     add("--items", help="catalogue with item_id, title, ...; that of the log's folder by default")
     add("--format", default="auto", choices=format_names(), metavar="NAME", help=f"one of {', '.join(format_names())}")
-    add("--columns", nargs="+", type=pair, metavar="OURS=THEIRS", help="user_id, item_id, timestamp, rating, ...")
-    add("--item_columns", nargs="+", type=pair, metavar="OURS=THEIRS", help="item_id, title")
+    add(
+        "--columns",
+        nargs="+",
+        type=column_pair,
+        metavar="OURS=THEIRS",
+        help="user_id, item_id, timestamp, rating, ...",
+    )
+    add("--item_columns", nargs="+", type=column_pair, metavar="OURS=THEIRS", help="item_id, title")
     add("--text_template", metavar="TEXT", help='an item in words, such as "{title} ({brand})"')
     add("--split", default="leave_one_out", choices=list(SPLITS))
     add("--min_rating", type=float, metavar="R", help="leave out interactions rated lower")
@@ -103,14 +110,6 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--push_to_hub", help="push both models when the run is over")
     add("--hub_model_id", metavar="USER/NAME", help="repositories USER/NAME-crm and USER/NAME-llm")
     return parser
-
-
-def pair(text: str) -> tuple[str, str]:
-    """`ours=theirs`, as the column options take it."""
-    ours, equals, theirs = text.partition("=")
-    if not (ours and equals and theirs):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form OURS=THEIRS")
-    return ours, theirs
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, CRMArguments, MutualDistillArguments]:
