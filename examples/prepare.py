@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -25,19 +24,16 @@ logging.basicConfig(format="%(message)s", handlers=[RichHandler(show_path=False,
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 logging.getLogger("llmd4rec_hf").setLevel(logging.INFO)
 
-from llmd4rec_hf.command_line import column_pair  # noqa: E402
+from llmd4rec_hf.command_line import column_pair, one_line_errors, script_parser  # noqa: E402
 from llmd4rec_hf.data import make_demo, prepare, render  # noqa: E402
 from llmd4rec_hf.data.filters import DUPLICATES  # noqa: E402
 from llmd4rec_hf.data.formats import format_names  # noqa: E402
 from llmd4rec_hf.data.prepared import SPLITS  # noqa: E402
-from llmd4rec_hf.errors import LLMD4RecError  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = script_parser(__doc__)
     names = ", ".join(format_names())
     add = parser.add_argument_group("what to read").add_argument
     add("--dataset", required=True, metavar="SOURCE", help="a file, a folder, a Hub id, or demo")
@@ -108,13 +104,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line: errors a user can mend are one line and exit code 1."""
+    """Command line."""
     options = build_parser().parse_args(argv)
-    try:
+    with one_line_errors():
         run(options, Console())
-    except LLMD4RecError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ logger = logging.getLogger("llmd4rec_hf")
 logger.setLevel(logging.INFO)
 
 import datasets  # noqa: E402
-import transformers  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 from transformers import AutoModel, HfArgumentParser, set_seed  # noqa: E402
 
@@ -47,11 +46,11 @@ from llmd4rec_hf import (  # noqa: E402
     SASRecConfig,
     SASRecModel,
 )
-from llmd4rec_hf.command_line import column_pair  # noqa: E402
+from llmd4rec_hf.command_line import column_pair, one_line_errors, script_parser  # noqa: E402
 from llmd4rec_hf.data import PreparedData, load_prepared, make_demo, prepare  # noqa: E402
 from llmd4rec_hf.data.formats import format_names  # noqa: E402
 from llmd4rec_hf.data.prepared import MANIFEST, SPLITS  # noqa: E402
-from llmd4rec_hf.errors import ConfigurationError, LLMD4RecError, RunInterrupted  # noqa: E402
+from llmd4rec_hf.errors import ConfigurationError  # noqa: E402
 from llmd4rec_hf.evaluation.report import summary_table  # noqa: E402
 from llmd4rec_hf.hub import push_run  # noqa: E402
 from llmd4rec_hf.models import build_tiny_llm  # noqa: E402
@@ -67,9 +66,7 @@ DEMO_CONFIG = EXAMPLES / "configs" / "demo.yaml"
 
 def build_parser() -> argparse.ArgumentParser:
     """The options that are not training arguments of one side."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     flag = partial(add, action=argparse.BooleanOptionalAction, default=False)
     add("--config", metavar="FILE.yaml", help="options in a file; those on the command line win")
@@ -279,22 +276,9 @@ def run(argv: list[str], console: Console) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line: errors a user can mend are one line and exit code 1."""
-    transformers.utils.logging.set_verbosity_error()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    # Bars for files that are written in a moment would drown those of the training.
-    transformers.utils.logging.disable_progress_bar()
-    console = Console()
-    try:
-        run(sys.argv[1:] if argv is None else argv, console)
-    except RunInterrupted as stop:
-        if PartialState().is_main_process:
-            Console(stderr=True).print(str(stop), soft_wrap=True, highlight=False)
-        sys.exit(128 + stop.signal_number)
-    except LLMD4RecError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
-        sys.exit(1)
+    """Command line."""
+    with one_line_errors():
+        run(sys.argv[1:] if argv is None else argv, Console())
 
 
 if __name__ == "__main__":

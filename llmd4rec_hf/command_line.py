@@ -11,9 +11,10 @@ from contextlib import contextmanager
 
 import datasets
 import transformers
+from accelerate import PartialState
 from rich.console import Console
 
-from .errors import ConfigurationError, LLMD4RecError
+from .errors import ConfigurationError, LLMD4RecError, RunInterrupted
 
 
 def script_parser(doc: str) -> argparse.ArgumentParser:
@@ -33,7 +34,10 @@ def column_pair(text: str) -> tuple[str, str]:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Quiet libraries inside; an error that a user can mend becomes one line on stderr and exit code 1."""
+    """
+    Quiet libraries inside; an error that a user can mend becomes one line on stderr and exit code 1, a signal that a
+    run was stopped by becomes one line and the exit code that shells give to it.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -41,6 +45,10 @@ def one_line_errors() -> Iterator[None]:
     datasets.disable_progress_bars()
     try:
         yield
+    except RunInterrupted as stop:
+        if PartialState().is_main_process:
+            Console(stderr=True).print(str(stop), soft_wrap=True, highlight=False)
+        sys.exit(128 + stop.signal_number)
     except LLMD4RecError as error:
         message = " ".join(str(error).split())
         Console(stderr=True).print(f"[red]error:[/red] {escaped(message)}", soft_wrap=True, highlight=False)

@@ -238,3 +238,31 @@ def test_functions_say_what_they_take_raise_and_of_which_shape(name):
     for tensor in tensors if "Args:" in doc else ():
         described = doc.split("Args:")[1]
         assert re.search(rf"\b{tensor} \([^\n]*(shape|int)", described), f"{tensor} has no shape"
+
+
+UNITS = {
+    **dict.fromkeys(("kl", "cross_entropy"), "nats"),
+    **dict.fromkeys(("log_probs", "student_log_probs", "teacher_log_probs"), "nats"),
+    "max_length": "items|histor",
+    "batch_size": "rows|histories",
+    "agreement": r"\[0,\s+1\]",
+    "weight_mean": r"\[0,\s+2\]",
+}
+
+
+def test_quantities_are_described_with_their_units():
+    missing, found = [], set()
+    for name, value in PUBLIC.items():
+        # An entry ends where the next one begins.
+        for entry in re.finditer(r"^ *(\w+) \(.*\):.*(?:\n(?! *\w+ \(`).*)*", inspect.getdoc(value) or "", re.M):
+            found.add(entry[1])
+            if entry[1] in UNITS and not re.search(UNITS[entry[1]], entry[0]):
+                missing.append(f"{name}: {entry[1]}")
+    assert not missing
+    assert set(UNITS) <= found, "a quantity of the list is gone"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in PUBLIC if "$$" in (inspect.getdoc(PUBLIC[name]) or "")))
+def test_formulas_name_their_source(name):
+    doc = inspect.getdoc(PUBLIC[name])
+    assert re.search(r"Source: |arXiv|doi:|\(\D+, \d{4}\)", doc), "the formula's source is not named"

@@ -24,7 +24,7 @@ class SequenceCollator:
 
     Args:
         max_length (`int`, *optional*, defaults to 50):
-            Most input positions of a row.
+            Most input positions of a row, in items.
         pad_to_multiple_of (`int`, *optional*):
             Rounds the batch's width up to a multiple of this, which some accelerators like.
 

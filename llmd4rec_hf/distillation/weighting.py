@@ -67,8 +67,8 @@ def confidence_weights(student_log_probs: torch.Tensor, teacher_log_probs: torch
     smoothly instead of jumping between 0 and 2 wherever ranks differ by a factor of two.
 
     Args:
-        student_log_probs (`torch.Tensor` of shape `(P,)`): log-probability of the true item under the student.
-        teacher_log_probs (`torch.Tensor` of shape `(P,)`): log-probability of the true item under the teacher.
+        student_log_probs (`torch.Tensor` of shape `(P,)`): the true item's log-probability under the student, in nats.
+        teacher_log_probs (`torch.Tensor` of shape `(P,)`): the true item's log-probability under the teacher, in nats.
 
     Returns:
         `torch.Tensor` of shape `(P,)`: weights in [0, 2].

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .recommender import RecommenderModel
-from .sasrec import check_length, init_recommender_weights
+from .recommender import RecommenderModel, check_length
+from .sasrec import init_recommender_weights
 
 
 class GRU4RecConfig(PreTrainedConfig):

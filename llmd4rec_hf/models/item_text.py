@@ -91,9 +91,11 @@ def encode_more_texts(
     # In each dimension features lie on a line over states. A sample tells which one, without reading all texts again.
     known, features = states[:sample], known_features[:sample]
     centred = features - features.mean(dim=0)
-    deviation = (centred * known).sum(dim=0) / centred.square().sum(dim=0).clamp_min(1e-6)
+    spread = centred.square().sum(dim=0)
+    deviation = (centred * known).sum(dim=0) / spread.clamp_min(1e-6)
     mean = known.mean(dim=0) - deviation * features.mean(dim=0)
-    return (states[sample:] - mean) / deviation.clamp_min(1e-6)
+    # Where known texts do not differ, as a single one cannot, a model has only ever seen zeros.
+    return torch.where(spread > 1e-6, (states[sample:] - mean) / deviation.clamp_min(1e-6), 0.0)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -17,7 +17,7 @@ from . import backbone as base
 from .item_text import average_of_alike, encode_more_texts, encode_texts
 from .llm_config import LLMRecommenderConfig
 from .prompt import DEFAULT_PROMPT, split_prompt
-from .recommender import WEIGHTS_NAME, RecommenderModel, hub_arguments, sequence_lengths
+from .recommender import WEIGHTS_NAME, RecommenderModel, check_length, hub_arguments, sequence_lengths
 
 
 BACKBONE_PREFIX = "backbone."
@@ -278,6 +278,7 @@ class LLMRecommender(RecommenderModel):
         return self._read_after_suffix(self._soft_tokens(item_ids), sequence_lengths(item_ids, attention_mask))
 
     def _soft_tokens(self, item_ids: torch.LongTensor) -> torch.Tensor:
+        check_length(item_ids, self.config.max_length)
         tokens = self.input_projection(self.item_vectors[item_ids])
         if self.config.item_text:
             tokens = tokens + self.input_text_projection(self.item_text_features[item_ids])

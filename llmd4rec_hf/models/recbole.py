@@ -15,8 +15,7 @@ from transformers import PreTrainedConfig
 
 from ..data import ItemVocabulary
 from ..errors import ConfigurationError, DataError
-from .recommender import RecommenderModel
-from .sasrec import check_length
+from .recommender import RecommenderModel, check_length
 
 
 ACTIVATIONS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu}

@@ -347,6 +347,15 @@ def hub_arguments(kwargs: dict) -> dict:
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
+def check_length(item_ids: torch.LongTensor, max_length: int) -> None:
+    """Raise where a batch is wider than the model can read."""
+    if item_ids.shape[1] > max_length:
+        raise ConfigurationError(
+            f"The batch holds histories of {item_ids.shape[1]} items and the model reads at most {max_length}: "
+            f"collate with SequenceCollator(max_length={max_length}), or build the model with a larger max_length."
+        )
+
+
 def sequence_lengths(item_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None) -> torch.LongTensor:
     """Number of items per row, of shape `(B,)`. Padding is on the right and its id is 0."""
     return (item_ids != 0 if attention_mask is None else attention_mask).sum(dim=1)

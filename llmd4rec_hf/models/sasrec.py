@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..errors import ConfigurationError
-from .recommender import RecommenderModel
+from .recommender import RecommenderModel, check_length
 
 
 class SASRecConfig(PreTrainedConfig):
@@ -137,12 +137,3 @@ def init_recommender_weights(module: nn.Module) -> None:
         nn.init.xavier_normal_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def check_length(item_ids: torch.LongTensor, max_length: int) -> None:
-    """Raise where a batch is wider than the model can read."""
-    if item_ids.shape[1] > max_length:
-        raise ConfigurationError(
-            f"The batch holds histories of {item_ids.shape[1]} items and the model reads at most {max_length}: "
-            f"collate with SequenceCollator(max_length={max_length}), or build the model with a larger max_length."
-        )

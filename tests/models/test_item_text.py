@@ -178,6 +178,13 @@ def test_further_texts_are_standardised_as_the_known_ones(monkeypatch, backbone,
     assert not more.requires_grad
 
 
+def test_a_single_known_text_tells_no_texts_apart(backbone, tokenizer):
+    """Its own features are zeros, so a model has learned nothing about any."""
+    known = encode_texts(backbone, tokenizer, ["a red duck"])
+    more = encode_more_texts(backbone, tokenizer, ["garden boots"], ["a red duck"], known)
+    assert torch.equal(more, torch.zeros_like(more))
+
+
 # --- items that are alike --------------------------------------------------------------------------------------------
 
 
