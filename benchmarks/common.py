@@ -37,15 +37,28 @@ def interleaved_seconds(functions: dict[str, Callable[[], object]], repeats: int
     Median wall time of each function, called in turns after one call that is not counted, so that a machine whose
     speed drifts slows all of them alike.
     """
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
+    return {name: times["seconds"] for name, times in interleaved_times(functions, repeats).items()}
+
+
+def interleaved_times(
+    functions: dict[str, Callable[[], object]], repeats: int, warm_up: bool = True
+) -> dict[str, dict[str, float]]:
+    """
+    As [`interleaved_seconds`], with the median time on processors beside it: `seconds` and `processor_seconds`. What
+    else runs on the machine takes turns with the first, and slows the second by its use of caches and memory alone.
+    Calls of many seconds need no `warm_up`.
+    """
+    clocks = {"seconds": time.perf_counter, "processor_seconds": time.process_time}
+    times = {name: {clock: [] for clock in clocks} for name in functions}
+    for function in functions.values() if warm_up else ():
         function()
     for _ in range(repeats):
         for name, function in functions.items():
-            start = time.perf_counter()
+            starts = {clock: read() for clock, read in clocks.items()}
             function()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            for clock, read in clocks.items():
+                times[name][clock].append(read() - starts[clock])
+    return {name: {clock: statistics.median(values) for clock, values in of.items()} for name, of in times.items()}
 
 
 def peak_extra_bytes(function: Callable[[], object]) -> int:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-One step of the distillation loss, forward and backward: ours beside plain autograd and, where it is installed,
-Liger-Kernel's chunked distillation loss on the same work. Ratios come from one run, with the variants in turns.
+One step of the loss, forward and backward, with a teacher and without: ours beside plain autograd and, where it is
+installed, Liger-Kernel's chunked distillation loss on the same work. Ratios come from one run, with the variants in
+turns, by processor time and by wall time.
 
     python benchmarks/loss.py
 """
@@ -9,22 +10,26 @@ Liger-Kernel's chunked distillation loss on the same work. Ratios come from one 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 
 import torch
 import torch.nn.functional as F
-from common import in_own_process, interleaved_seconds, matmul_rate, peak_extra_bytes, write_result
+from common import in_own_process, interleaved_times, matmul_rate, peak_extra_bytes, write_result
 
 from llmd4rec_hf import distillation_loss, rank_weights
 
 
 TEMPERATURE, KL_WEIGHT, WIDTH, TEACHER_WIDTH = 2.0, 0.5, 64, 256
-# (items, positions, whether plain autograd fits)
-SIZES = ((12_101, 1024, True), (200_000, 1024, True), (1_000_000, 256, False))
+# (items, positions, whether there is a teacher, whether plain autograd fits, repeats)
+SIZES = (
+    (12_101, 1024, True, True, 9),
+    (12_101, 1024, False, True, 9),
+    (200_000, 1024, True, True, 1),
+    (1_000_000, 256, True, False, 1),
+)
 
 
-def make_inputs(items: int, positions: int):
+def make_inputs(items: int, positions: int, teacher: bool = True):
     """Random students and teachers whose scores spread like those of trained models (standard deviation of 2)."""
     random = torch.Generator().manual_seed(0)
     hidden = torch.randn(positions, WIDTH, generator=random).requires_grad_()
@@ -32,13 +37,15 @@ def make_inputs(items: int, positions: int):
     teacher_hidden = torch.randn(positions, TEACHER_WIDTH, generator=random)
     teacher_items = torch.randn(items + 1, TEACHER_WIDTH, generator=random) * 2 / TEACHER_WIDTH**0.5
     labels = torch.randint(1, items + 1, (positions,), generator=random)
-    return hidden, item_matrix, labels, teacher_hidden, teacher_items
+    return hidden, item_matrix, labels, *((teacher_hidden, teacher_items) if teacher else ())
 
 
-def plain_autograd(hidden, item_matrix, labels, teacher_hidden, teacher_items) -> torch.Tensor:
+def plain_autograd(hidden, item_matrix, labels, teacher_hidden=None, teacher_items=None) -> torch.Tensor:
     """The same loss in the most direct way, with all of the scores in memory."""
-    scores, teacher_scores = hidden @ item_matrix[1:].T, teacher_hidden @ teacher_items[1:].T
-    targets = labels - 1
+    scores, targets = hidden @ item_matrix[1:].T, labels - 1
+    if teacher_hidden is None:
+        return F.cross_entropy(scores, targets)
+    teacher_scores = teacher_hidden @ teacher_items[1:].T
     ranks, teacher_ranks = ((s >= s.gather(1, targets[:, None])).sum(1) for s in (scores.detach(), teacher_scores))
     kl = F.kl_div(
         F.log_softmax(scores / TEMPERATURE, 1),
@@ -110,47 +117,65 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return ((value - reference).norm() / reference.norm()).item()
 
 
-def memory(name: str, items: int, positions: int) -> int:
+def memory(name: str, items: int, positions: int, teacher: bool) -> int:
     """Bytes beyond inputs and gradients at the peak of one step. Called in a process of its own."""
-    inputs = make_inputs(items, positions)
+    inputs = make_inputs(items, positions, teacher)
     for tensor in inputs[:2]:
         tensor.grad = torch.zeros_like(tensor)
     return peak_extra_bytes(lambda: VARIANTS[name](*inputs).backward())
 
 
-def measure(items: int, positions: int, fits: bool, repeats: int) -> dict:
+def peak(name: str, items: int, positions: int, teacher: bool, threads: int) -> int:
+    """[`memory`] in a process of its own."""
+    words = ["--memory", name, "--items", str(items), "--positions", str(positions), "--threads", str(threads)]
+    return in_own_process(__file__, *words, *(["--teacher"] if teacher else []))["bytes"]
+
+
+def measure(items: int, positions: int, teacher: bool, fits: bool, repeats: int, threads: int) -> dict:
     """All variants at one size."""
-    inputs = make_inputs(items, positions)
-    names = [name for name in VARIANTS if fits or name.startswith("ours")]
-    seconds = interleaved_seconds({name: functools.partial(step, name, inputs) for name in names}, repeats)
-    peaks = {
-        name: in_own_process(__file__, "--memory", name, "--items", str(items), "--positions", str(positions))["bytes"]
-        for name in names
-    }
-    reference = [gradient.clone() for gradient in step("plain autograd" if fits else "ours", inputs)]
-    result = {"items": items, "positions": positions, "width": WIDTH, "teacher_width": TEACHER_WIDTH, "variants": {}}
+    inputs, gradients = make_inputs(items, positions, teacher), {}
+    names = [name for name in VARIANTS if name.startswith("ours") or (fits and (teacher or "liger" not in name))]
+
+    def run(name):
+        gradients[name] = step(name, inputs)
+
+    times = interleaved_times({name: lambda name=name: run(name) for name in names}, repeats, warm_up=repeats > 1)
+    reference = gradients["plain autograd" if fits else "ours"]
+    variants = {}
     for name in names:
-        errors = [relative_error(a, b) for a, b in zip(step(name, inputs), reference, strict=True)]
-        result["variants"][name] = {
-            "seconds": seconds[name],
-            "extra_bytes": peaks[name],
+        errors = [relative_error(a, b) for a, b in zip(gradients[name], reference, strict=True)]
+        variants[name] = {
+            **times[name],
+            "extra_bytes": peak(name, items, positions, teacher, threads),
             "gradient_error": {"hidden": errors[0], "item_matrix": errors[1]},
         }
-    operations = 2 * positions * items * (3 * WIDTH + TEACHER_WIDTH)
-    rates = {str(d).removeprefix("torch."): matmul_rate(256, WIDTH, items, d) for d in (torch.float32, torch.bfloat16)}
-    result["floor_seconds"] = {name: operations / rate for name, rate in rates.items()}
-    return result
+    teacher_width = TEACHER_WIDTH if teacher else None
+    operations = 2 * positions * items * (3 * WIDTH + (teacher_width or 0))
+    # A product whose operands stay in the caches.
+    rates = {str(d).removeprefix("torch."): matmul_rate(256, WIDTH, 1024, d) for d in (torch.float32, torch.bfloat16)}
+    return {
+        "items": items,
+        "positions": positions,
+        "width": WIDTH,
+        "teacher_width": teacher_width,
+        "repeats": repeats,
+        "variants": variants,
+        "floor_seconds": {name: operations / rate for name, rate in rates.items()},
+    }
 
 
 def show(result: dict) -> None:
     """Print one size as ratios to plain autograd, or to ours where that does not fit."""
     variants = result["variants"]
     base = variants.get("plain autograd", variants["ours"])
-    print(f"\n{result['items']:,} items, {result['positions']} positions, d={WIDTH}, d_t={TEACHER_WIDTH}")
+    teacher = f"d_t={result['teacher_width']}" if result["teacher_width"] else "no teacher"
+    print(f"\n{result['items']:,} items, {result['positions']} positions, d={WIDTH}, {teacher}")
     for name, facts in variants.items():
-        faster, smaller = (base[key] / max(facts[key], 1e-9) for key in ("seconds", "extra_bytes"))
+        keys = ("processor_seconds", "seconds", "extra_bytes")
+        faster, sooner, smaller = (base[key] / max(facts[key], 1e-9) for key in keys)
         print(
-            f"  {name:15s} {facts['seconds'] * 1e3:9.1f} ms  {faster:6.2f}x faster   "
+            f"  {name:15s} {facts['processor_seconds'] * 1e3:9.1f} ms  "
+            f"{faster:6.2f}x faster  {sooner:6.2f}x by wall time   "
             f"{facts['extra_bytes'] / 2**20:8.1f} MiB extra  1/{smaller:.1f}   "
             f"gradient error {max(facts['gradient_error'].values()):.1e}"
         )
@@ -161,19 +186,19 @@ def show(result: dict) -> None:
 def main() -> None:
     """Measure every size, or, for one variant in its own process, its memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", metavar="VARIANT", help=argparse.SUPPRESS)
     parser.add_argument("--items", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--positions", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--teacher", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory:
-        print(json.dumps({"bytes": memory(options.memory, options.items, options.positions)}))
+        print(json.dumps({"bytes": memory(options.memory, options.items, options.positions, options.teacher)}))
         return
     results = []
     for size in SIZES:
-        results.append(measure(*size, repeats=options.repeats))
+        results.append(measure(*size, options.threads))
         show(results[-1])
     write_result("loss", {"sizes": results})
 

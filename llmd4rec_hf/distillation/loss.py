@@ -5,11 +5,15 @@ Every recommender here scores items as `hidden @ item_matrix.T`, so both losses 
 (hidden, item matrix) pairs. [`distillation_loss`] walks over the positions in row chunks; per chunk it forms the
 student's and the teacher's scores, both losses, the true item's rank in both, the sample weights, and the gradients
 for the student's hidden states and item matrix. The backward pass only scales those gradients.
+
+On a CPU half of the time goes into matrix products, and most of the rest into reading and writing scores: hence the
+sizes below, the powers of two, and the buffers that are written over as soon as they are not needed any more.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +25,19 @@ from .weighting import WEIGHTINGS, TargetOutcome, rank_weights
 
 IGNORE_INDEX = -100
 
-# Bytes of one chunk x items buffer (a step holds four of them at most). On a CPU it should stay near the caches, but
-# the gradient of the item matrix is read and written once per chunk, which asks for tall chunks; on a GPU launch
-# overhead asks for more.
-_CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}
-_MIN_CHUNK_ROWS = 32
+# Bytes of one chunk x items buffer in float32, of which a step holds one per model. Matrix products ask for tall
+# chunks, and so does the gradient of the item matrix, which is read and written once per chunk.
+_CHUNK_BYTES = {"cpu": 12 << 20, "cuda": 256 << 20}
+_MIN_CHUNK_ROWS = 64
+# Bytes of one slice x items buffer, of which a step holds three at most. On a CPU they should stay in the caches; on a
+# GPU launch overhead asks for more.
+_SLICE_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+# Bytes of items that go into one float32 product of scores on a CPU: those of a whole catalogue at once take up to
+# twice as long, since MKL first repacks them all into memory of its own.
+_SCORE_BLOCK_BYTES = 256 << 10
+# Bytes of the item matrix's gradient in float32 that one half-precision product on a CPU adds to: the product, and its
+# copy in float32, are then added while they are in the caches, and need no memory to speak of.
+_GRADIENT_BLOCK_BYTES = 4 << 20
 
 
 @dataclass
@@ -70,6 +82,11 @@ class _Settings:
     def kl_scale(self) -> float:
         return self.temperature**2 if self.scale_by_temperature_squared else 1.0
 
+    @property
+    def exponent_scale(self) -> float:
+        """What makes a score an exponent to the base 2 of its softened distribution."""
+        return 1 / (self.temperature * math.log(2))
+
 
 def distillation_loss(
     hidden: torch.Tensor,
@@ -95,8 +112,8 @@ def distillation_loss(
     The padding item (row 0 of both matrices) is outside both distributions. Softmaxes, losses, ranks and sums are in
     float32 whatever the inputs are; gradients come back in the inputs' dtypes. Matrix products are in float32 too,
     except under autocast (`--bf16`), where they are in its dtype and the gradients' relative error stays below 1e-2;
-    the true item's own score is computed in float32 even then. Memory beyond inputs and gradients is a few buffers of
-    `chunk_size x N` floats.
+    the true item's own score is computed in float32 even then. Memory beyond inputs and gradients is one buffer of
+    `chunk_size x N` scores per model and, under autocast, a copy of both item matrices in its dtype.
 
     Args:
         hidden (`torch.Tensor` of shape `(P, d)`):
@@ -144,7 +161,7 @@ def distillation_loss(
         hidden = hidden[keep]
         teacher_hidden = None if teacher_hidden is None else teacher_hidden[keep]
     settings = _Settings(
-        temperature=float(temperature),
+        temperature=1.0 if teacher_hidden is None else float(temperature),
         kl_weight=float(kl_weight),
         weighting=weighting,
         rank_base=rank_base,
@@ -172,8 +189,11 @@ def distillation_loss(
 
 def default_chunk_size(num_items: int, device: torch.device | str) -> int:
     """Rows per chunk so that one chunk x items buffer of float32 stays within the device's budget."""
-    budget = _CHUNK_BYTES.get(torch.device(device).type, _CHUNK_BYTES["cuda"])
-    return max(_MIN_CHUNK_ROWS, budget // (4 * num_items))
+    return max(_MIN_CHUNK_ROWS, _rows(_CHUNK_BYTES, num_items, device))
+
+
+def _rows(budgets: dict[str, int], num_items: int, device: torch.device | str) -> int:
+    return max(1, budgets.get(torch.device(device).type, budgets["cuda"]) // (4 * num_items))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -184,16 +204,15 @@ class _ChunkedLoss(torch.autograd.Function):
         need_gradients = hidden.requires_grad or item_matrix.requires_grad
         # What is in half precision below is so by choice.
         with torch.autocast(device_type=hidden.device.type, enabled=False):
-            sums, ranks, gradients = _run_chunks(
-                hidden, item_matrix, labels, teacher_hidden, teacher_item_matrix, settings, need_gradients
-            )
+            walk = _Walk(hidden, item_matrix, labels, teacher_hidden, teacher_item_matrix, settings, need_gradients)
+            walk.run()
         count = max(labels.numel(), 1)
-        cross_entropy, kl = sums["cross_entropy"] / divisor, sums["kl"] / divisor
+        cross_entropy, kl = walk.cross_entropy.sum() / divisor, walk.kl.sum() / divisor
         loss = cross_entropy + settings.kl_weight * kl
         if need_gradients:
-            ctx.save_for_backward(*(gradient.div_(divisor) for gradient in gradients))
-            ctx.dtypes = hidden.dtype, item_matrix.dtype
-        outputs = (cross_entropy, kl, sums["weight"] / count, sums["agreement"] / count, *ranks)
+            ctx.save_for_backward(*walk.gradients)
+            ctx.divisor, ctx.dtypes = divisor, (hidden.dtype, item_matrix.dtype)
+        outputs = (cross_entropy, kl, walk.weights.sum() / count, walk.agreement.sum() / count, *walk.ranks)
         ctx.mark_non_differentiable(*outputs)
         ctx.set_materialize_grads(False)
         return (loss, *outputs)
@@ -205,136 +224,207 @@ class _ChunkedLoss(torch.autograd.Function):
             return (None,) * 7
         grad_hidden, grad_items = ctx.saved_tensors
         hidden_dtype, items_dtype = ctx.dtypes
+        factor = grad_loss / ctx.divisor
         return (
-            (grad_hidden * grad_loss).to(hidden_dtype) if ctx.needs_input_grad[0] else None,
-            (grad_items * grad_loss).to(items_dtype) if ctx.needs_input_grad[1] else None,
+            (grad_hidden * factor).to(hidden_dtype) if ctx.needs_input_grad[0] else None,
+            (grad_items * factor).to(items_dtype) if ctx.needs_input_grad[1] else None,
             *(None,) * 5,
         )
 
 
-def _run_chunks(hidden, item_matrix, labels, teacher_hidden, teacher_item_matrix, settings, need_gradients):
-    """Sums of the losses over all positions, both ranks per position, and the gradients of the summed loss."""
-    side = _Side(hidden, item_matrix, settings.matmul_dtype)
-    teacher_side = (
-        None if teacher_hidden is None else _Side(teacher_hidden, teacher_item_matrix, settings.matmul_dtype)
-    )
-    positions, num_items = hidden.shape[0], item_matrix.shape[0] - 1
-    rows = max(1, min(settings.chunk_size, positions))
-    empty = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
-    buffers = [empty(rows, num_items) for _ in range(2 if teacher_side is None else 4)]
-    sums = {name: empty(()).zero_() for name in ("cross_entropy", "kl", "weight", "agreement")}
-    ranks = [labels.new_zeros(positions) for _ in range(2)]
-    gradients = (empty(hidden.shape), empty(item_matrix.shape).zero_()) if need_gradients else None
-    for start in range(0, positions, rows):
-        part = slice(start, min(start + rows, positions))
-        size = part.stop - start
-        targets = (labels[part] - 1).unsqueeze(1)
-        scores, work, *teacher_buffers = (buffer[:size] for buffer in buffers)
-        side.score(part, targets, out=scores)
-        student = _TargetStatistics.of(scores, targets, work)
-        ranks[0][part] = student.ranks
-        gradient = None
-        if teacher_side is not None:
-            teacher_scores, teacher_work = teacher_buffers
-            teacher_side.score(part, targets, out=teacher_scores)
-            teacher = _TargetStatistics.of(teacher_scores, targets, teacher_work)
-            ranks[1][part] = teacher.ranks
-            gradient = _add_kl(scores, student, teacher_scores, teacher, work, teacher_work, sums, settings)
-        # The plain softmax comes last: with a teacher its buffer still holds the softened one until here.
-        probabilities = torch.softmax(scores, dim=1, out=work)
-        sums["cross_entropy"] += (student.log_sum_exp(probabilities) - student.target_scores).sum()
-        if need_gradients:
-            gradient = probabilities if gradient is None else gradient.add_(probabilities)
-            gradient.scatter_add_(1, targets, gradient.new_full((size, 1), -1.0))
-            side.add_gradients(part, gradient, gradients)
-    return sums, ranks, gradients
+class _Walk:
+    """
+    One pass over all positions. Matrix products are taken in chunks of many rows, which they want; everything between
+    them in slices of few, which stay in the caches of a CPU. Nothing but float32 is computed with between products.
+
+    Attributes:
+        ranks (two `torch.LongTensor` of shape `(P,)`): the true items' under the student and under the teacher.
+        cross_entropy, kl, weights, agreement (`torch.FloatTensor` of shape `(P,)`): as in [`DistillationLoss`], per
+            position and undivided.
+        gradients (`tuple` of two `torch.FloatTensor`, *optional*): of the summed loss for hidden states and items.
+    """
+
+    def __init__(self, hidden, item_matrix, labels, teacher_hidden, teacher_item_matrix, settings, need_gradients):
+        positions, num_items = hidden.shape[0], item_matrix.shape[0] - 1
+        self.settings, self.labels = settings, labels
+        self.chunk_rows = max(1, min(settings.chunk_size, positions))
+        self.slice_rows = min(self.chunk_rows, _rows(_SLICE_BYTES, num_items, hidden.device))
+        sizes = settings.matmul_dtype, self.chunk_rows, self.slice_rows
+        self.student = _Side(hidden, item_matrix, *sizes)
+        self.teacher = None if teacher_hidden is None else _Side(teacher_hidden, teacher_item_matrix, *sizes)
+        empty = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
+        self.buffer = empty(self.slice_rows, num_items)
+        self.ranks = [labels.new_zeros(positions) for _ in range(2)]
+        self.cross_entropy, self.kl, self.weights, self.agreement = empty(4, positions).zero_()
+        self.gradients = (empty(hidden.shape), empty(item_matrix.shape).zero_()) if need_gradients else None
+
+    def run(self) -> None:
+        """Fill the attributes."""
+        positions = len(self.labels)
+        for start in range(0, positions, self.chunk_rows):
+            chunk = slice(start, min(start + self.chunk_rows, positions))
+            self.student.multiply(chunk, self.labels)
+            if self.teacher is not None:
+                self.teacher.multiply(chunk, self.labels)
+            for first in range(start, chunk.stop, self.slice_rows):
+                self._add_slice(slice(first, min(first + self.slice_rows, chunk.stop)))
+            if self.gradients is not None:
+                self.student.add_gradients(*self.gradients)
+
+    def _add_slice(self, part: slice) -> None:
+        """One slice's losses and ranks. Its scores in the student's products give way to their gradient."""
+        targets, scale = self.labels[part, None] - 1, self.settings.exponent_scale
+        buffer = self.buffer[: len(targets)]
+        student = _Exponents.of(self.student.scores(part), targets, scale, buffer)
+        self.ranks[0][part] = student.ranks
+        if self.teacher is None:
+            numerators = student.powers.exp2_()
+        else:
+            teacher = _Exponents.of(self.teacher.scores(part), targets, scale, buffer)
+            self.ranks[1][part] = teacher.ranks
+            numerators, kl_factors = self._add_kl(part, student, teacher, buffer)
+        normalizers = numerators.sum(dim=1, keepdim=True)
+        self.cross_entropy[part] = normalizers.squeeze(1).log() - student.target / scale
+        if self.gradients is None:
+            return
+        gradient = numerators.scatter_add_(1, targets, -normalizers).mul_(normalizers.reciprocal())
+        if self.teacher is not None:
+            gradient.addcmul_(buffer, kl_factors)
+        self.student.replace_scores(part, gradient)
+
+    def _add_kl(self, part, student, teacher, buffer):
+        """
+        One slice's KL, weights and agreement. Returns the numerators of the student's plain softmax, and factors of
+        shape `(rows, 1)` that make KL's gradient for the student's scores of what `buffer` then holds.
+        """
+        temperature, kl_scale = self.settings.temperature, self.settings.kl_scale
+        teacher_softened = torch.exp2(teacher.powers, out=buffer)
+        teacher_sums = teacher_softened.sum(dim=1)
+        # KL(p || q) = sum_i p_i (t_i - s_i) / T - lse(t / T) + lse(s / T)
+        cross = teacher.powers.sub_(student.powers).mul_(teacher_softened).sum(dim=1).div_(teacher_sums)
+        softened = torch.exp2(student.powers, out=teacher.powers)
+        sums = softened.sum(dim=1)
+        kl = cross * math.log(2) - teacher_sums.log() + sums.log()
+        weights = _sample_weights(student, sums, teacher, teacher_sums, self.settings)
+        self.weights[part] = weights
+        self.kl[part] = weights * kl * kl_scale
+        ratios = (sums / teacher_sums).unsqueeze(1)
+        difference = torch.addcmul(softened, teacher_softened, ratios, value=-1, out=buffer)
+        if temperature == 1:
+            numerators, spare = softened, student.powers
+        elif temperature == 2 and self.settings.kl_weight:
+            # The default, and a square costs less than a power; but its rounding is another, and with a weight of
+            # zero the gradients are to be those of cross-entropy alone, bit for bit.
+            numerators, spare = torch.mul(softened, softened, out=student.powers), softened
+        else:
+            numerators, spare = student.powers.mul_(temperature).exp2_(), softened
+        # sum_i min(p_i, q_i) = 1 - sum_i |p_i - q_i| / 2
+        self.agreement[part] = (1 - torch.abs(difference, out=spare).sum(dim=1) / (2 * sums)).clamp_min_(0)
+        return numerators, (weights * (self.settings.kl_weight * kl_scale / temperature) / sums).unsqueeze(1)
 
 
 class _Side:
-    """One model's hidden states and items (without padding), in the dtype of the matrix products."""
+    """One model's hidden states and items (without padding), and a chunk of their products in the products' dtype."""
 
-    def __init__(self, hidden: torch.Tensor, item_matrix: torch.Tensor, dtype: torch.dtype):
+    def __init__(self, hidden, item_matrix, dtype: torch.dtype, chunk_rows: int, slice_rows: int):
         self.exact_hidden, self.exact_items = hidden.detach(), item_matrix[1:].detach()
         self.hidden, self.items = self.exact_hidden.to(dtype), self.exact_items.to(dtype)
+        self.products = self.items.new_empty(chunk_rows, len(self.items))
+        self.rounded = dtype != torch.float32
+        self.buffer = self.items.new_empty(slice_rows, len(self.items), dtype=torch.float32) if self.rounded else None
 
-    def score(self, part: slice, targets: torch.Tensor, out: torch.Tensor) -> None:
-        """Scores of a chunk in float32."""
-        if self.hidden.dtype == torch.float32:
-            torch.mm(self.hidden[part], self.items.T, out=out)
+    def multiply(self, chunk: slice, labels: torch.Tensor) -> None:
+        """Take the scores of another chunk."""
+        self.chunk = chunk
+        hidden, out = self.hidden[chunk], self.rows(chunk)
+        if not self.rounded:
+            block = self._block(_SCORE_BLOCK_BYTES)
+            for items, scores in zip(self.items.split(block), out.split(block, dim=1), strict=True):
+                torch.mm(hidden, items.T, out=scores)
             return
-        out.copy_(torch.mm(self.hidden[part], self.items.T))
+        torch.mm(hidden, self.items.T, out=out)
         # Rounded, the true item would tie with many others: both its loss and its rank want its score exact.
-        own = self.exact_items[targets.squeeze(1)].float()
-        out.scatter_(1, targets, torch.linalg.vecdot(self.exact_hidden[part].float(), own).unsqueeze(1))
+        self.targets = labels[chunk, None] - 1
+        own = self.exact_items[self.targets.squeeze(1)].float()
+        self.target_scores = torch.linalg.vecdot(self.exact_hidden[chunk].float(), own).unsqueeze(1)
 
-    def add_gradients(self, part: slice, gradient: torch.Tensor, gradients: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """From the gradient of a chunk's scores to those of hidden states and item matrix, in float32."""
-        grad_hidden, grad_items = gradients
-        if self.hidden.dtype == torch.float32:
-            torch.mm(gradient, self.items, out=grad_hidden[part])
-            grad_items[1:].addmm_(gradient.T, self.hidden[part])
+    def rows(self, part: slice, of: torch.Tensor | None = None) -> torch.Tensor:
+        """The rows of the products, or of another tensor of the chunk, that belong to a part of the positions."""
+        return (self.products if of is None else of)[part.start - self.chunk.start : part.stop - self.chunk.start]
+
+    def scores(self, part: slice) -> torch.Tensor:
+        """Scores of a slice in float32, to be written over."""
+        scores = self.rows(part)
+        if not self.rounded:
+            return scores
+        exact = self.rows(part, self.targets), self.rows(part, self.target_scores)
+        return self.buffer[: len(scores)].copy_(scores).scatter_(1, *exact)
+
+    def replace_scores(self, part: slice, gradient: torch.Tensor) -> None:
+        """Put the gradient of a slice's scores in their place, if it is not there yet."""
+        scores = self.rows(part)
+        if scores.data_ptr() != gradient.data_ptr():
+            scores.copy_(gradient)
+
+    def add_gradients(self, grad_hidden: torch.Tensor, grad_items: torch.Tensor) -> None:
+        """From the gradient of the chunk's scores, in their place, to those of hidden states and item matrix."""
+        gradient, hidden = self.rows(self.chunk), self.hidden[self.chunk]
+        if self.rounded:
+            grad_hidden[self.chunk] = torch.mm(gradient, self.items)
+            block = self._block(_GRADIENT_BLOCK_BYTES)
+            for grad_block, columns in zip(grad_items[1:].split(block), gradient.split(block, dim=1), strict=True):
+                grad_block += torch.mm(columns.T, hidden)
         else:
-            gradient = gradient.to(self.hidden.dtype)
-            grad_hidden[part] = torch.mm(gradient, self.items)
-            grad_items[1:] += torch.mm(gradient.T, self.hidden[part])
+            torch.mm(gradient, self.items, out=grad_hidden[self.chunk])
+            grad_items[1:].addmm_(gradient.T, hidden)
 
-
-def _add_kl(scores, student, teacher_scores, teacher, work, teacher_work, sums, settings):
-    """Add a chunk's weighted KL to `sums`; returns its gradient for the student's scores, in `teacher_work`."""
-    temperature = settings.temperature
-    if temperature == 1.0:
-        student_probabilities = torch.softmax(scores, dim=1, out=work)
-        teacher_probabilities = torch.softmax(teacher_scores, dim=1, out=teacher_work)
-        difference = teacher_scores.sub_(scores)
-    else:
-        torch.softmax(torch.mul(scores, 1 / temperature, out=work), dim=1, out=work)
-        torch.softmax(torch.mul(teacher_scores, 1 / temperature, out=teacher_work), dim=1, out=teacher_work)
-        student_probabilities, teacher_probabilities = work, teacher_work
-        difference = teacher_scores.sub_(scores).mul_(1 / temperature)
-    student_lse = student.log_sum_exp(student_probabilities, temperature)
-    teacher_lse = teacher.log_sum_exp(teacher_probabilities, temperature)
-    # KL(p || q) = sum_i p_i (t_i - s_i) / T - lse(t / T) + lse(s / T)
-    kl = torch.linalg.vecdot(teacher_probabilities, difference) - teacher_lse + student_lse
-    weights = _sample_weights(student, student_lse, teacher, teacher_lse, settings)
-    sums["kl"] += settings.kl_scale * (weights * kl).sum()
-    sums["weight"] += weights.sum()
-    sums["agreement"] += torch.minimum(student_probabilities, teacher_probabilities, out=teacher_scores).sum()
-    gradient = torch.sub(student_probabilities, teacher_probabilities, out=teacher_work)
-    return gradient.mul_((settings.kl_weight * settings.kl_scale / temperature * weights).unsqueeze(1))
+    def _block(self, size: int) -> int:
+        """Items whose rows take so many bytes in float32; all of them on a device that gains nothing from blocks."""
+        num_items, width = self.items.shape
+        return max(1, size // (4 * width)) if self.items.device.type == "cpu" else num_items
 
 
 @dataclass
-class _TargetStatistics:
-    """What is needed of a chunk of scores beyond their softmax. All of shape `(rows,)`."""
+class _Exponents:
+    """
+    A slice of scores as exponents to the base 2, which cost a third of those to the base e on a CPU.
 
-    target_scores: torch.Tensor
-    maxima: torch.Tensor
+    Attributes:
+        powers (`torch.Tensor` of shape `(rows, N)`): `2**powers` are the numerators of the softened distribution; the
+            largest of a row is 1.
+        target (`torch.Tensor` of shape `(rows,)`): the true item's.
+        ranks (`torch.LongTensor` of shape `(rows,)`): the true item's rank.
+    """
+
+    powers: torch.Tensor
+    target: torch.Tensor
     ranks: torch.Tensor
 
     @classmethod
-    def of(cls, scores: torch.Tensor, targets: torch.Tensor, buffer: torch.Tensor) -> _TargetStatistics:
-        target_scores = scores.gather(1, targets)
+    def of(cls, scores: torch.Tensor, targets: torch.Tensor, scale: float, buffer: torch.Tensor) -> _Exponents:
+        """From scores, in their place."""
         # Counting "at least as good" counts the target itself once and every tie against it. Floats are compared and
         # added up six times faster than booleans, and whole numbers exactly up to 2**24.
         exact = torch.float32 if scores.shape[1] < 2**24 else torch.float64
-        ranks = torch.ge(scores, target_scores, out=buffer).sum(dim=1, dtype=exact).long()
-        return cls(target_scores.squeeze(1), scores.amax(dim=1), ranks)
+        ranks = torch.ge(scores, scores.gather(1, targets), out=buffer).sum(dim=1, dtype=exact).long()
+        powers = torch.add(scores.amax(dim=1, keepdim=True) * -scale, scores, alpha=scale, out=scores)
+        return cls(powers, powers.gather(1, targets).squeeze(1), ranks)
 
-    def log_sum_exp(self, probabilities: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        """The softmax's normaliser, read off the largest probability, which is `exp(max - lse)` and cannot vanish."""
-        return self.maxima / temperature - probabilities.amax(dim=1).log()
+    def log_probs(self, sums: torch.Tensor) -> torch.Tensor:
+        """The true item's log-probability in nats, from the sums of the numerators."""
+        return self.target * math.log(2) - sums.log()
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else torch.float32
 
 
-def _sample_weights(student, student_lse, teacher, teacher_lse, settings):
+def _sample_weights(student, student_sums, teacher, teacher_sums, settings):
     if settings.weighting == "rank":
         return rank_weights(student.ranks, teacher.ranks, settings.rank_base)
     return WEIGHTINGS[settings.weighting](
-        TargetOutcome(student.ranks, student.target_scores / settings.temperature - student_lse),
-        TargetOutcome(teacher.ranks, teacher.target_scores / settings.temperature - teacher_lse),
+        TargetOutcome(student.ranks, student.log_probs(student_sums)),
+        TargetOutcome(teacher.ranks, teacher.log_probs(teacher_sums)),
     )
 
 

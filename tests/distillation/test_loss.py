@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmd4rec_hf.distillation import DistillationLoss, distillation_loss
+from llmd4rec_hf.distillation import DistillationLoss, distillation_loss, loss
 from llmd4rec_hf.distillation.loss import default_chunk_size
 from llmd4rec_hf.errors import ConfigurationError
 from llmd4rec_hf.evaluation import target_ranks
@@ -285,6 +285,23 @@ def test_autocast_rounds_matrix_products_alone(temperature):
         assert (grad - value).norm() < 1e-2 * value.norm()
 
 
+@pytest.mark.parametrize("teacher", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
+def test_the_gradients_of_autocast_are_right_to_a_hundredth(temperature, dtype, teacher):
+    """Summed over many chunks, and for a student that has learned: its gradients are small differences."""
+    given = problem(seed=13, positions=300, num_items=400)
+    given.hidden = given.hidden.detach()
+    kept = given.labels != -100
+    given.hidden[kept] += 2 * given.items.detach()[given.labels[kept]]
+    options = {"temperature": temperature, "weighting": "confidence"}
+    expected = dense(given, teacher, **options)
+    with torch.autocast("cpu", dtype=dtype):
+        _, grads = chunked(given, teacher, chunk_size=16, **options)
+    for grad, value in zip(grads, expected.grads, strict=True):
+        assert (grad - value).norm() < 1e-2 * value.norm()
+
+
 def test_autocast_does_not_tie_the_true_item_with_others():
     """In bfloat16 all of these scores are 1: the best item would rank last, and the last one no lower."""
     items = torch.cat([torch.zeros(1), 1 + torch.arange(8) * 1e-4])[:, None]
@@ -342,6 +359,18 @@ def test_the_backward_pass_scales_and_repeats():
     torch.testing.assert_close(scaled, tuple(3 * grad for grad in once))
 
 
+def test_a_gradient_that_was_given_out_may_be_changed():
+    """Optimizers clip gradients in place; a second backward pass over the same graph must not see that."""
+    given = problem()
+    hidden, items = (tensor.detach().float().requires_grad_() for tensor in (given.hidden, given.items))
+    loss = distillation_loss(hidden, items, given.labels).loss
+    once = torch.autograd.grad(loss, (hidden, items), retain_graph=True)
+    before = [grad.clone() for grad in once]
+    for grad in once:
+        grad.zero_()
+    assert all(torch.equal(*pair) for pair in zip(torch.autograd.grad(loss, (hidden, items)), before, strict=True))
+
+
 @pytest.mark.parametrize("needed", ["hidden", "items"])
 def test_gradients_of_one_input_alone(needed):
     given = problem()
@@ -366,7 +395,7 @@ def test_the_padding_row_never_matters(row):
     assert (actual[1][1][0] == 0).all()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_extreme_scores_stay_finite(weighting, temperature):
     given = problem(seed=9)
@@ -391,6 +420,16 @@ def test_a_teacher_that_agrees_changes_nothing():
     assert actual.agreement.item() == pytest.approx(1)
     assert actual.weight_mean.item() == 1.0
     torch.testing.assert_close(grads, alone_grads)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_teacher_without_weight_changes_nothing(temperature):
+    """Not even a bit: Adam makes steps of full size out of what rounding leaves of a gradient that should be zero."""
+    given = problem(seed=10)
+    actual, grads = chunked(given, temperature=temperature, kl_weight=0.0)
+    alone, alone_grads = chunked(given, teacher=False)
+    assert torch.equal(actual.loss, alone.loss)
+    assert all(torch.equal(*pair) for pair in zip(grads, alone_grads, strict=True))
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -478,9 +517,29 @@ def test_positions_times_items_is_never_held(teacher, temperature):
     assert largest.elements == chunk_size * num_items < positions * num_items
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("teacher", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
+def test_chunks_slices_and_blocks_change_nothing(monkeypatch, temperature, teacher, precision):
+    """What is chosen by size for large problems, forced upon a small one: none of them divides it evenly."""
+    given = problem(seed=14)
+    half = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16")
+    with half:
+        expected, expected_grads = chunked(given, teacher, temperature=temperature)
+        monkeypatch.setitem(loss._SLICE_BYTES, "cpu", 2 * 4 * N)  # two rows
+        monkeypatch.setattr(loss, "_SCORE_BLOCK_BYTES", 3 * 4 * D)  # three items
+        monkeypatch.setattr(loss, "_GRADIENT_BLOCK_BYTES", 5 * 4 * D)  # five
+        actual, grads = chunked(given, teacher, temperature=temperature, chunk_size=5)
+    rounding = {"rtol": 2e-2, "atol": 2e-3} if precision == "bfloat16" else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(grads, expected_grads, **rounding)
+    torch.testing.assert_close(actual.loss, expected.loss)
+    torch.testing.assert_close(actual.agreement, expected.agreement)
+    assert torch.equal(actual.student_ranks, expected.student_ranks)
+
+
 def test_default_chunk_size():
-    assert default_chunk_size(12_000, "cpu") == (6 << 20) // 48_000
-    assert default_chunk_size(10_000_000, "cpu") == 32
+    assert default_chunk_size(12_000, "cpu") == (12 << 20) // 48_000
+    assert default_chunk_size(10_000_000, "cpu") == 64
     assert default_chunk_size(12_000, "cuda") > default_chunk_size(12_000, torch.device("cpu"))
 
 
