@@ -75,7 +75,7 @@ class RecBoleSASRecConfig(PreTrainedConfig):
 class RecBoleSASRecModel(RecommenderModel):
     """
     RecBole's SASRec: post-LayerNorm as in BERT, inputs normalised and not scaled, item embeddings tied. Its weights do
-    not fit into [`SASRecModel`], which is pre-LayerNorm.
+    not fit into [`SASRecModel`], whose layers are the original ones.
 
     Args:
         config ([`RecBoleSASRecConfig`]): the configuration.

@@ -58,8 +58,9 @@ class SASRecConfig(PreTrainedConfig):
 
 class SASRecModel(RecommenderModel):
     """
-    Causal self-attention over item ids: pre-LayerNorm, learned positions counted from the start of the window, input
-    and output item embeddings tied, inputs scaled by `sqrt(d)`. Scores are raw dot products, without bias.
+    Causal self-attention over item ids: learned positions counted from the start of the window, input and output item
+    embeddings tied, inputs scaled by `sqrt(d)`. Scores are raw dot products, without bias. Its layers are those of the
+    original implementation, see [`SASRecLayer`].
 
     Args:
         config ([`SASRecConfig`]): the configuration.
@@ -94,7 +95,11 @@ class SASRecModel(RecommenderModel):
 
 
 class SASRecLayer(nn.Module):
-    """Pre-LayerNorm causal attention and a two-layer feed-forward network, each with a residual connection."""
+    """
+    Causal attention and a two-layer feed-forward network, each with a residual connection, arranged as in the original
+    implementation: queries are normalised, keys and values are not, and what the feed-forward network adds to is its
+    normalised input. Pre-LayerNorm learns half as fast from sparse logs.
+    """
 
     def __init__(self, config: SASRecConfig):
         super().__init__()
@@ -102,7 +107,8 @@ class SASRecLayer(nn.Module):
         self.num_heads = config.num_heads
         self.dropout_probability = config.dropout
         self.attention_norm = nn.LayerNorm(size)
-        self.query_key_value = nn.Linear(size, 3 * size)
+        self.query = nn.Linear(size, size)
+        self.key_value = nn.Linear(size, 2 * size)
         self.attention_output = nn.Linear(size, size)
         self.feed_forward_norm = nn.LayerNorm(size)
         self.feed_forward = nn.Sequential(
@@ -110,20 +116,23 @@ class SASRecLayer(nn.Module):
             nn.ReLU(),
             nn.Dropout(config.dropout),
             nn.Linear(config.intermediate_size, size),
+            nn.Dropout(config.dropout),
         )
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        states = states + self.dropout(self._attend(self.attention_norm(states)))
-        return states + self.dropout(self.feed_forward(self.feed_forward_norm(states)))
+        states = self.feed_forward_norm(states + self._attend(states))
+        return states + self.feed_forward(states)
 
     def _attend(self, states: torch.Tensor) -> torch.Tensor:
-        batch, length, size = states.shape
-        query_key_value = self.query_key_value(states).view(batch, length, 3, self.num_heads, size // self.num_heads)
-        query, key, value = query_key_value.permute(2, 0, 3, 1, 4)
+        query = self._heads(self.query(self.attention_norm(states)))
+        key, value = map(self._heads, self.key_value(states).chunk(2, dim=-1))
         dropout = self.dropout_probability if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
-        return self.attention_output(mixed.transpose(1, 2).reshape(batch, length, size))
+        return self.attention_output(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        """From `(B, T, d)` to `(B, heads, T, d / heads)`."""
+        return states.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
 def init_recommender_weights(module: nn.Module) -> None:

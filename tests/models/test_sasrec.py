@@ -16,7 +16,8 @@ def by_definition(model, ids):
     size, heads = model.config.hidden_size, model.config.num_heads
     states = model.item_embedding.weight[ids] * math.sqrt(size) + model.position_embedding.weight[: len(ids)]
     for layer in model.layers:
-        query, key, value = layer.query_key_value(layer.attention_norm(states)).split(size, dim=1)
+        query = layer.query(layer.attention_norm(states))
+        key, value = layer.key_value(states).split(size, dim=1)
         rows = []
         for position in range(len(ids)):
             mixed = []
@@ -24,9 +25,9 @@ def by_definition(model, ids):
                 scores = key[: position + 1, part] @ query[position, part] / math.sqrt(size / heads)
                 mixed.append(scores.softmax(dim=0) @ value[: position + 1, part])
             rows.append(torch.cat(mixed))
-        states = states + layer.attention_output(torch.stack(rows))
-        first, _, _, second = layer.feed_forward
-        states = states + second(F.relu(first(layer.feed_forward_norm(states))))
+        states = layer.feed_forward_norm(states + layer.attention_output(torch.stack(rows)))
+        first, _, _, second, _ = layer.feed_forward
+        states = states + second(F.relu(first(states)))
     return F.layer_norm(states, (size,), model.final_norm.weight, model.final_norm.bias)
 
 
@@ -57,7 +58,7 @@ def test_initial_weights():
     assert model.item_matrix()[1:].std().item() == pytest.approx(math.sqrt(2 / 1064), rel=0.03)
     layer = model.layers[0]
     assert layer.attention_output.weight.std().item() == pytest.approx(math.sqrt(2 / 128), rel=0.05)
-    assert not any(module.bias.any() for module in (layer.attention_output, layer.query_key_value))
+    assert not any(module.bias.any() for module in (layer.attention_output, layer.query, layer.key_value))
 
 
 def test_defaults_are_the_papers():
