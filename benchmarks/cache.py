@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 The teacher cache for teachers of two widths: bytes per position against dense scores in half precision, KL through the
-cache against KL from the live teacher's scores, and positions read per second in the order of training.
+cache against KL from the live teacher's scores, and positions read per second in the order of training. Weights are
+random, which fills a teacher's whole width; a third teacher has dimensions of falling size, as training leaves them,
+and is narrowed within the error that CRMTrainer allows by default.
 
     python benchmarks/cache.py --dataset FOLDER
 """
@@ -19,20 +21,27 @@ from common import write_result
 from crm_training import load
 from transformers import set_seed
 
-from llmd4rec_hf import SASRecConfig, SASRecModel, SequenceCollator, TeacherCache
+from llmd4rec_hf import CRMArguments, SASRecConfig, SASRecModel, SequenceCollator, TeacherCache
 from llmd4rec_hf.training.sampler import LengthBucketSampler
 
 
-WIDTHS, BATCH_SIZE, TEMPERATURE = (64, 1024), 256, 2.0
+BATCH_SIZE, TEMPERATURE = 256, 2.0
+# Width, how fast the size of its dimensions falls (as a power of their number), allowed error. With this power a
+# teacher of width 1024 keeps about as many dimensions as an LLM of that width does that was trained on the demo: 135.
+TEACHERS = ((64, 0.0, 0.0), (1024, 0.0, 0.0), (1024, 0.75, CRMArguments.teacher_max_error))
 
 
-def make_model(num_items: int, width: int) -> SASRecModel:
+@torch.no_grad()
+def make_model(num_items: int, width: int, power: float = 0.0) -> SASRecModel:
     """Random weights whose scores spread like those of a trained model (standard deviation of about 2)."""
     set_seed(width)
     model = SASRecModel(SASRecConfig(num_items=num_items, hidden_size=width, num_layers=1, dropout=0.0)).eval()
     torch.nn.init.normal_(model.item_embedding.weight, std=2 / width**0.5)
     # Without it a random model of tied embeddings is certain of the item it has just read, and certainty hides errors.
     torch.nn.init.normal_(model.final_norm.weight)
+    model.item_embedding.weight.data *= torch.arange(1, width + 1) ** -power
+    scores = model.encode(torch.randint(1, num_items + 1, (8, 20))) @ model.item_matrix()[1:].T
+    model.item_embedding.weight.data *= 2 / scores.std()
     return model
 
 
@@ -54,10 +63,11 @@ def softened_kl(scores: torch.Tensor, teacher_scores: torch.Tensor) -> torch.Ten
 @torch.no_grad()
 def kl_error(cache: TeacherCache, teacher: SASRecModel, student: SASRecModel, batches) -> dict[str, float]:
     """
-    Largest relative difference of a position's KL, and of the mean of a batch, from the live teacher's; and the mean
-    of exp(entropy) of the softened teacher, in items, without which small differences would say little.
+    Largest difference of a position's KL, and of the mean of a batch, from the live teacher's: relative, and of the
+    mean also in nats. And the mean of exp(entropy) of the softened teacher, in items, without which small differences
+    would say little.
     """
-    single, mean, breadth = 0.0, 0.0, []
+    single, mean, nats, breadth = 0.0, 0.0, 0.0, []
     for batch in batches:
         mask = batch["labels"] != -100
         scores = student.encode(batch["item_ids"])[mask] @ student.item_matrix()[1:].T
@@ -67,8 +77,10 @@ def kl_error(cache: TeacherCache, teacher: SASRecModel, student: SASRecModel, ba
         cached = softened_kl(scores, hidden @ cache.item_matrix[1:].float().T)
         single = max(single, ((cached - live).abs() / live).max().item())
         mean = max(mean, (cached.mean() / live.mean() - 1).abs().item())
+        nats = max(nats, (cached.mean() - live.mean()).abs().item())
         breadth.append(torch.distributions.Categorical(logits=live_scores / TEMPERATURE).perplexity().mean().item())
-    return {"position": single, "batch_mean": mean, "teacher_perplexity": sum(breadth) / len(breadth)}
+    perplexity = sum(breadth) / len(breadth)
+    return {"position": single, "batch_mean": mean, "batch_mean_nats": nats, "teacher_perplexity": perplexity}
 
 
 def reading_speed(cache: TeacherCache, batches: list) -> float:
@@ -80,11 +92,11 @@ def reading_speed(cache: TeacherCache, batches: list) -> float:
     return positions / seconds
 
 
-def measure(train, num_items: int, width: int, folder: Path) -> dict:
+def measure(train, num_items: int, width: int, power: float, max_error: float, folder: Path) -> dict:
     """One teacher."""
-    teacher = make_model(num_items, width)
+    teacher = make_model(num_items, width, power)
     start = time.perf_counter()
-    cache = TeacherCache.build(teacher, train, folder / str(width))
+    cache = TeacherCache.build(teacher, train, folder, max_error=max_error)
     seconds = time.perf_counter() - start
     positions = cache.manifest["positions"]
     sizes = {name: (cache.directory / name).stat().st_size for name in cache.manifest["files"]}
@@ -93,13 +105,16 @@ def measure(train, num_items: int, width: int, folder: Path) -> dict:
     batches = list(batches_of(train, 100))
     return {
         "width": width,
+        "max_error": max_error,
+        "stored_width": cache.manifest["hidden_size"],
+        "reduction": cache.manifest["reduction"],
         "positions": positions,
         "bytes_per_position": shards / positions,
         "bytes_per_position_with_item_matrix": sum(sizes.values()) / positions,
         "dense_fp16_bytes_per_position": dense,
         "times_smaller": dense * positions / shards,
         "times_smaller_with_item_matrix": dense * positions / sum(sizes.values()),
-        "relative_kl_error": kl_error(cache, teacher, make_model(num_items, 32), batches[:3]),
+        "kl_error": kl_error(cache, teacher, make_model(num_items, 32), batches[:3]),
         "positions_read_per_second": reading_speed(cache, batches),
         "positions_written_per_second": positions / seconds,
     }
@@ -115,21 +130,26 @@ def main() -> None:
     facts, vocabulary, splits = load(options.dataset)
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        for width in WIDTHS:
-            results.append(measure(splits["train"], len(vocabulary), width, Path(folder)))
+        for teacher in TEACHERS:
+            results.append(measure(splits["train"], len(vocabulary), *teacher, Path(folder, "cache")))
             show(results[-1])
     write_result("cache", {"dataset": facts, "teachers": results})
 
 
 def show(result: dict) -> None:
     """Print one teacher's figures."""
-    print(f"\nteacher of width {result['width']}, {result['positions']:,} positions")
+    print(
+        f"\nteacher of width {result['width']}, {result['positions']:,} positions, stored in {result['stored_width']}"
+    )
     print(
         f"  1/{result['times_smaller']:.1f} of dense fp16 scores ({result['bytes_per_position']:.0f} bytes a position)"
     )
     print(f"  1/{result['times_smaller_with_item_matrix']:.1f} with item matrix and index")
-    errors = result["relative_kl_error"]
+    errors = result["kl_error"]
     print(f"  KL off by {errors['position']:.1e} (a position), {errors['batch_mean']:.1e} (mean of a batch), relative")
+    print(f"  and by {errors['batch_mean_nats']:.1e} nats (mean of a batch)")
+    if result["reduction"]:
+        print("  scores off by {score_error:.3f} nats, KL to the teacher {kl:.1e}".format(**result["reduction"]))
     print(f"  the softened teacher's perplexity: {errors['teacher_perplexity']:,.0f} items")
     print(f"  {result['positions_read_per_second']:,.0f} positions read per second")
 

@@ -13,6 +13,11 @@ from dataclasses import dataclass
 import torch
 
 
+# What is held in double precision at a time: rows of an item matrix, numbers of a score matrix.
+_ITEMS_AT_A_TIME = 1 << 15
+_SCORES_AT_A_TIME = 1 << 23
+
+
 @dataclass
 class LowRankTeacher:
     """
@@ -47,20 +52,54 @@ def reduce_teacher(hidden_moment: torch.Tensor, item_matrix: torch.Tensor, max_e
     Returns:
         [`LowRankTeacher`]
     """
-    items = item_matrix[1:].double()
+    items = item_matrix[1:]
     # What all items share shifts every score of a position alike.
-    items = items - items.mean(dim=0)
-    root, inverse_root = _square_roots(items.T @ items)
+    centre = items.mean(dim=0, dtype=torch.float64)
+    root, inverse_root = _square_roots(_centred_moment(items, centre))
     values, axes = torch.linalg.eigh(root @ hidden_moment.double() @ root)
     values, axes = values.flip(0).clamp_min(0), axes.flip(1)
     errors = (values.flip(0).cumsum(0).flip(0) / items.shape[0]).sqrt()
     # errors[r] is the error of keeping r axes; one is kept at least.
     rank = max(1, int((errors > max_error).sum()))
     kept = axes[:, :rank]
-    reduced = torch.zeros(item_matrix.shape[0], rank, dtype=torch.float64, device=items.device)
-    reduced[1:] = items @ (inverse_root @ kept)
+    reduced = item_matrix.new_zeros(item_matrix.shape[0], rank)
+    for part, narrow in zip(items.split(_ITEMS_AT_A_TIME), reduced[1:].split(_ITEMS_AT_A_TIME), strict=True):
+        narrow.copy_((part.double() - centre) @ (inverse_root @ kept))
     error = float(errors[rank]) if rank < len(errors) else 0.0
-    return LowRankTeacher((root @ kept).to(item_matrix.dtype), reduced.to(item_matrix.dtype), error)
+    return LowRankTeacher((root @ kept).to(item_matrix.dtype), reduced, error)
+
+
+def score_errors(
+    hidden: torch.Tensor, item_matrix: torch.Tensor, other_hidden: torch.Tensor, other_item_matrix: torch.Tensor
+) -> tuple[float, float]:
+    """
+    How far another form of a teacher is from it: the root mean square error of a score, constants per position apart,
+    and the mean KL(teacher || other form) at temperature 1, both in nats.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(P, d_t)`): the teacher's hidden states.
+        item_matrix (`torch.Tensor` of shape `(N + 1, d_t)`): the teacher's item matrix; row 0 is padding.
+        other_hidden (`torch.Tensor` of shape `(P, r)`): those of the other form.
+        other_item_matrix (`torch.Tensor` of shape `(N + 1, r)`): the other form's item matrix.
+    """
+    rows = max(1, _SCORES_AT_A_TIME // len(item_matrix))
+    square, divergence = 0.0, 0.0
+    for part, other_part in zip(hidden.split(rows), other_hidden.split(rows), strict=True):
+        scores, other = (part @ item_matrix[1:].T).double(), (other_part @ other_item_matrix[1:].T).double()
+        difference = scores - other
+        square += float((difference - difference.mean(dim=1, keepdim=True)).square().mean(dim=1).sum())
+        log_p, log_q = scores.log_softmax(dim=1), other.log_softmax(dim=1)
+        divergence += float((log_p.exp() * (log_p - log_q)).sum())
+    return (square / len(hidden)) ** 0.5, divergence / len(hidden)
+
+
+def _centred_moment(items: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    """Sum over items of their outer product about the centre."""
+    moment = items.new_zeros(items.shape[1], items.shape[1], dtype=torch.float64)
+    for part in items.split(_ITEMS_AT_A_TIME):
+        centred = part.double() - centre
+        moment.addmm_(centred.T, centred)
+    return moment
 
 
 def _square_roots(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -140,8 +140,32 @@ class MutualDistillArguments(MutualDistillSettings, DistillationArguments):
 
 
 @dataclass
-class CRMArguments(DistillationArguments):
-    """Arguments of [`CRMTrainer`]: the CRM learns, from the LLM or alone."""
+class CRMSettings(DistillationSettings):
+    """
+    [`DistillationSettings`] and what only the CRM's side needs.
+
+    Args:
+        teacher_max_error (`float`, *optional*, defaults to 0.02): how far the scores of a teacher of more than 128
+            dimensions may be off, root mean square in nats, so that it can be narrowed (see
+            [`~TeacherCache.build`]); 0 keeps all of it. The default moves the teacher's distribution by a KL of about
+            2e-4 nats; a [`TeacherCache`] that is given as the teacher stays as it was built.
+    """
+
+    teacher_max_error: float = field(
+        default=0.02, metadata={"help": "How far a wide teacher's scores may be off, in nats, to be narrowed."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.teacher_max_error >= 0:
+            raise ConfigurationError(f"teacher_max_error must not be negative, got {self.teacher_max_error}.")
+
+
+@dataclass
+class CRMArguments(CRMSettings, DistillationArguments):
+    """
+    Arguments of [`CRMTrainer`]: the CRM learns, from the LLM or alone. See [`CRMSettings`].
+    """
 
     learning_rate: float = field(default=1e-3, metadata={"help": "The initial learning rate."})
     num_train_epochs: float = field(default=100.0, metadata={"help": "Epochs per round."})

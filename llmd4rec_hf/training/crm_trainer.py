@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .arguments import CRMArguments
+from .arguments import CRMArguments, CRMSettings
 from .trainer import DistillationTrainer
 
 
@@ -23,3 +23,8 @@ class CRMTrainer(DistillationTrainer):
     """
 
     arguments_class = CRMArguments
+    settings_class = CRMSettings
+
+    @property
+    def _teacher_max_error(self) -> float:
+        return self.settings.teacher_max_error

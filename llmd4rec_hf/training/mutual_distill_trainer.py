@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from ..distillation import TeacherCache
+from ..errors import ConfigurationError
 from .arguments import MutualDistillArguments, MutualDistillSettings
 from .trainer import DistillationTrainer
 
@@ -25,6 +27,14 @@ class MutualDistillTrainer(DistillationTrainer):
 
     arguments_class = MutualDistillArguments
     settings_class = MutualDistillSettings
+
+    def _check_teacher(self, teacher) -> None:
+        super()._check_teacher(teacher)
+        if self.settings.refresh_item_vectors and isinstance(teacher, TeacherCache) and teacher.is_reduced:
+            raise ConfigurationError(
+                f"{teacher.directory} holds a narrowed teacher, without its own item vectors: build it with max_error "
+                "0, or set refresh_item_vectors=False."
+            )
 
     def _prepare_student(self, model) -> None:
         # Of a new model in `Trainer`'s constructor nothing is known of the teacher yet; `train` comes later.

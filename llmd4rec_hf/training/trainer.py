@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy, PredictionOutput, rotate_checkpoints
 
 from ..data import RankingCollator, SequenceCollator
 from ..data.arrow import column_array
-from ..distillation import TeacherCache, distillation_loss
+from ..distillation import TeacherCache, distillation_loss, draw_negatives, sampled_distillation_loss
 from ..errors import ConfigurationError
 from ..evaluation import ranking_metrics, score_targets
 from ..files import write_manifest
@@ -29,10 +30,12 @@ from .guard import StepGuard
 from .loss_chunks import LossChunks
 from .model_card import trainer_card
 from .sampler import LengthBucketSampler, LengthSortedSampler
+from .sparse_rows import RowAdamW, with_row_values
 
 
 # With an underscore in front, because pushes to the Hub leave such names out.
 TEACHER_CACHE_NAME = "_teacher_cache"
+OPTIMIZERS_BY_ROWS = ("adamw_torch", "adamw_torch_fused")
 LOSS_PARTS = ("cross_entropy", "kl", "weight_mean", "agreement")
 
 
@@ -179,7 +182,10 @@ class DistillationTrainer(Trainer):
 
         Raises:
             TrainingError: the loss is not finite.
+            ConfigurationError: nothing to resume from, or `num_sampled_items` where sparse gradients do not work.
         """
+        if self._embedding_by_rows is not None:
+            self._check_sparse_gradients()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = on_main_process(lambda: last_whole_checkpoint(self.args.output_dir))
             if resume_from_checkpoint is None:
@@ -190,7 +196,11 @@ class DistillationTrainer(Trainer):
         if resume_from_checkpoint:
             on_main_process(lambda: rehome(resume_from_checkpoint))
             self._loss_sums = self._sums_of(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self._embedding_by_rows is not None:
+                self._embedding_by_rows.sparse = False
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As in `Trainer`; a loss that is not finite ends the training at this step."""
@@ -224,25 +234,38 @@ class DistillationTrainer(Trainer):
                 self.train_dataset,
                 os.path.join(self.args.output_dir, TEACHER_CACHE_NAME),
                 batch_size=self.args.eval_batch_size,
+                max_error=self._teacher_max_error,
             )
         self._teacher_cache = cache
         self._teacher_items = cache.item_matrix.to(self.args.device)
+
+    @property
+    def _teacher_max_error(self) -> float:
+        """How far the scores of a teacher may be off once it is cached, in nats."""
+        return 0.0
 
     def _prepare_student(self, model: RecommenderModel) -> None:
         """What a subclass does to a student before it is trained, each time there is a new one."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy plus weighted KL against the cached teacher, over every position that has a label."""
-        outputs = model(inputs["item_ids"], _attention_mask(inputs))
+        items, loss, teacher_items = None, distillation_loss, self._teacher_items
+        if self._num_negatives is not None:
+            # The same for all processes and accumulated batches of a step, whose number then changes nothing.
+            negatives = self._draw_negatives().to(inputs["labels"].device)
+            items = torch.cat([negatives, inputs["labels"][inputs["labels"] != -100]])
+            loss = partial(sampled_distillation_loss, negatives=negatives, num_items=self.model.config.num_items)
+            teacher_items = None if teacher_items is None else teacher_items[items]
+        outputs = model(inputs["item_ids"], _attention_mask(inputs), items=items)
         hidden, item_matrix, labels = supervised(outputs.hidden, inputs["labels"], outputs.item_matrix)
         divisor = self._loss_divisor(labels, num_items_in_batch)
         loss_of_chunks = partial(
-            distillation_loss,
+            loss,
             hidden,
             item_matrix,
             labels,
             self._teacher_hidden(inputs),
-            self._teacher_items,
+            teacher_items,
             temperature=self.settings.temperature,
             kl_weight=self.settings.kl_weight,
             weighting=self.settings.weighting,
@@ -287,6 +310,55 @@ class DistillationTrainer(Trainer):
             self._mean_positions_value = float(np.minimum(positions, max_length).mean())
             self._mean_positions_of = (id(self.train_dataset), max_length)
         return self._mean_positions_value
+
+    # --- a sample of the items -----------------------------------------------------------------------------------
+
+    @property
+    def _num_negatives(self) -> int | None:
+        """How many items besides the true ones a step's loss is over; `None` for all."""
+        size = self.settings.num_sampled_items
+        return size if size is not None and size < self.model.config.num_items else None
+
+    def _draw_negatives(self) -> torch.LongTensor:
+        seed = self.args.seed, self.state.global_step
+        return draw_negatives(self.model.config.num_items, self._num_negatives, seed)
+
+    @property
+    def _embedding_by_rows(self) -> nn.Embedding | None:
+        """The embedding that a step reads and updates only some rows of."""
+        return None if self._num_negatives is None else self.model.tied_embedding
+
+    def _check_sparse_gradients(self) -> None:
+        args = self.args
+        over_gloo = args.world_size == 1 or torch.distributed.get_backend() == "gloo"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or args.n_gpu > 1 or not over_gloo:
+            raise ConfigurationError(
+                "num_sampled_items gives the item matrix a sparse gradient, which works in one process and in several "
+                "over gloo, but not over NCCL, in DataParallel, FSDP or DeepSpeed: train on one device, or leave it "
+                "out."
+            )
+        if args.optim not in OPTIMIZERS_BY_ROWS:
+            raise ConfigurationError(
+                f"num_sampled_items updates the item matrix by rows, for which optim must be one of "
+                f"{OPTIMIZERS_BY_ROWS}, got {str(args.optim)!r}."
+            )
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """As in `Trainer`; with `num_sampled_items` one that updates the item matrix by rows, [`RowAdamW`]."""
+        if self._embedding_by_rows is not None:
+            self._embedding_by_rows.sparse = True
+            if self.optimizer_cls_and_kwargs is None:
+                _, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+                settings.pop("fused", None)
+                self.optimizer_cls_and_kwargs = RowAdamW, settings
+        return super().create_optimizer(model)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in `Trainer`; with `num_sampled_items` clipping, which knows dense gradients alone, is given those."""
+        super().create_accelerator_and_postprocess()
+        if self.settings.num_sampled_items is not None:
+            clip = self.accelerator.clip_grad_norm_
+            self.accelerator.clip_grad_norm_ = lambda parameters, *args: clip(with_row_values(parameters), *args)
 
     # --- logging -------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmd4rec_hf.distillation.low_rank import reduce_teacher
+from llmd4rec_hf.distillation import low_rank
+from llmd4rec_hf.distillation.low_rank import reduce_teacher, score_errors
 
 
 @pytest.fixture
@@ -62,3 +63,35 @@ def test_a_teacher_that_says_nothing_keeps_one_dimension():
     reduced = reduce_teacher(torch.zeros(4, 4), torch.randn(6, 4), 0.0)
     assert reduced.projection.shape == (4, 1)
     assert reduced.error == 0.0
+
+
+def test_a_large_catalogue_is_taken_in_parts(teacher, monkeypatch):
+    hidden, items = teacher
+    whole = reduce_teacher(moment(hidden), items, 0.1)
+    monkeypatch.setattr(low_rank, "_ITEMS_AT_A_TIME", 7)
+    parts = reduce_teacher(moment(hidden), items, 0.1)
+    assert parts.error == pytest.approx(whole.error)
+    torch.testing.assert_close(
+        centred_scores(hidden @ parts.projection, parts.item_matrix),
+        centred_scores(hidden @ whole.projection, whole.item_matrix),
+    )
+
+
+def test_score_errors_by_hand():
+    """Scores (0, 0) and (log 3, 0) against (log 3, 0) and, shifted by a constant, itself."""
+    items = torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 1.0]])
+    log_3 = torch.tensor(3.0).log()
+    hidden = torch.tensor([[0.0, 0.0], [log_3, 0.0]])
+    other = torch.tensor([[log_3, 0.0], [log_3 + 5, 5.0]])
+    error, kl = score_errors(hidden, items, other, items)
+    assert error == pytest.approx(float(log_3) / 2 / 2**0.5, rel=1e-5)
+    # KL((1/2, 1/2) || (3/4, 1/4)) = log(2 / sqrt(3)), and 0.
+    assert kl == pytest.approx(torch.log(2 / torch.tensor(3.0).sqrt()).item() / 2, rel=1e-5)
+
+
+def test_score_errors_in_parts(teacher, monkeypatch):
+    hidden, items = teacher
+    whole = score_errors(hidden, items, hidden * 1.1, items)
+    monkeypatch.setattr(low_rank, "_SCORES_AT_A_TIME", 81 * 7)
+    assert score_errors(hidden, items, hidden * 1.1, items) == pytest.approx(whole)
+    assert whole[0] > 0.1

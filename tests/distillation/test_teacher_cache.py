@@ -14,6 +14,7 @@ from datasets import Dataset
 from llmd4rec_hf import processes as processes_module
 from llmd4rec_hf.data import SequenceCollator
 from llmd4rec_hf.distillation import TeacherCache, distillation_loss, teacher_cache
+from llmd4rec_hf.distillation.low_rank import LowRankTeacher
 from llmd4rec_hf.errors import CacheError, ConfigurationError
 from llmd4rec_hf.models import GRU4RecConfig, GRU4RecModel, SASRecConfig, SASRecModel
 
@@ -35,13 +36,13 @@ def make_dataset(rows=ROWS):
     )
 
 
-def make_teacher(seed=0, model=SASRecModel, config=SASRecConfig):
+def make_teacher(seed=0, model=SASRecModel, config=SASRecConfig, width=8):
     """
     In double precision: the last bit of a state depends on the shape of the batch it was computed in, and so, but for
     this, would the comparison of what is stored (float32) with what is computed live.
     """
     torch.manual_seed(seed)
-    return model(config(num_items=NUM_ITEMS, hidden_size=8, max_length=MAX_LENGTH)).double()
+    return model(config(num_items=NUM_ITEMS, hidden_size=width, max_length=MAX_LENGTH)).double()
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,121 @@ def test_kl_through_the_cache_is_kl_through_live_scores(cache, teacher, dataset)
     assert cached.kl.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+# --- wide teachers ---------------------------------------------------------------------------------------------------
+
+
+WIDE = 160
+
+
+@pytest.fixture(scope="module")
+def wide_teacher():
+    """Nine items span nine of its 160 dimensions: without the mean of all items, eight."""
+    return make_teacher(2, width=WIDE)
+
+
+def divergence(scores, other):
+    """Mean KL in nats, from scores with padding in column 0."""
+    log_p, log_q = scores[:, 1:].double().log_softmax(dim=1), other[:, 1:].double().log_softmax(dim=1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean().item()
+
+
+def test_a_wide_teacher_takes_two_bytes_a_number(wide_teacher, dataset, tmp_path):
+    cache = TeacherCache.build(wide_teacher, dataset, tmp_path / "cache")
+    batch = collate(dataset)
+    hidden, exact = lookup(cache, batch), live(wide_teacher, batch)
+    assert hidden.dtype == torch.float32
+    assert cache._shards[0].itemsize == 2 * WIDE + 4
+    # Half a step of the row's own scale, and the last bits of a float32.
+    assert ((hidden - exact).abs() <= exact.abs().amax(dim=1, keepdim=True) / 32767 * 0.501).all()
+    assert torch.equal(cache.item_matrix, wide_teacher.item_matrix().detach().float())
+    assert divergence(exact @ cache.item_matrix.T, hidden @ cache.item_matrix.T) < 1e-8
+
+
+def test_without_an_error_to_spend_nothing_is_narrowed(wide_teacher, dataset, tmp_path):
+    cache = TeacherCache.build(wide_teacher, dataset, tmp_path / "cache", max_error=0.0)
+    assert cache.manifest["hidden_size"] == WIDE
+    assert cache.manifest["reduction"] is None
+    assert not cache.is_reduced
+
+
+@pytest.mark.parametrize("max_error", [1e-3, 0.05])
+def test_a_wide_teacher_is_narrowed_within_the_error(wide_teacher, dataset, tmp_path, max_error):
+    cache = TeacherCache.build(wide_teacher, dataset, tmp_path / "cache", max_error=max_error)
+    batch = collate(dataset)
+    exact = live(wide_teacher, batch) @ wide_teacher.item_matrix().detach().float().T
+    stored = lookup(cache, batch) @ cache.item_matrix.T
+    difference = (stored - exact)[:, 1:]
+    error = (difference - difference.mean(dim=1, keepdim=True)).square().mean().sqrt().item()
+    facts = cache.manifest["reduction"]
+    assert cache.is_reduced
+    assert cache.manifest["hidden_size"] == cache.item_matrix.shape[1] <= 8
+    assert facts["teacher_width"] == WIDE
+    assert facts["positions"] == cache.manifest["positions"] == len(exact)
+    assert error <= max_error * 1.001
+    assert facts["score_error"] == pytest.approx(error, rel=1e-2, abs=1e-6)
+    assert facts["kl"] == pytest.approx(divergence(exact, stored), rel=1e-2, abs=1e-9)
+
+
+def test_a_larger_error_leaves_fewer_dimensions(wide_teacher, dataset, tmp_path):
+    widths = [
+        TeacherCache.build(wide_teacher, dataset, tmp_path / "cache", max_error=error).manifest["hidden_size"]
+        for error in (1e-4, 0.4, 100.0)
+    ]
+    assert widths[0] == 8
+    assert widths[0] > widths[1] > widths[2] == 1
+
+
+@pytest.mark.parametrize(("rank", "narrowed"), [(WIDE // 2, True), (WIDE // 2 + 1, False)])
+def test_a_teacher_that_needs_more_than_half_its_width_stays_as_it_is(
+    wide_teacher, dataset, tmp_path, monkeypatch, rank, narrowed
+):
+    form = LowRankTeacher(torch.eye(WIDE)[:, :rank], wide_teacher.item_matrix().detach().float()[:, :rank], 0.0)
+    monkeypatch.setattr(teacher_cache, "reduce_teacher", lambda *_: form)
+    cache = TeacherCache.build(wide_teacher, dataset, tmp_path / "cache", max_error=0.05)
+    assert cache.is_reduced == narrowed
+    assert cache.manifest["hidden_size"] == (rank if narrowed else WIDE)
+    assert narrowed or torch.equal(cache.item_matrix, wide_teacher.item_matrix().detach().float())
+
+
+def test_a_narrow_teacher_is_kept_exactly_whatever_error_is_allowed(teacher, dataset, tmp_path):
+    cache = TeacherCache.build(teacher, dataset, tmp_path / "cache", max_error=1.0)
+    batch = collate(dataset)
+    assert torch.equal(lookup(cache, batch), live(teacher, batch))
+    assert not cache.is_reduced
+
+
+def test_the_narrow_form_is_found_from_a_sample(wide_teacher, tmp_path, monkeypatch):
+    """Sixteen rows to find it, others to measure it, and each row once to store it."""
+    monkeypatch.setattr(teacher_cache, "_FITTED_POSITIONS_PER_DIMENSION", 0.3)
+    monkeypatch.setattr(teacher_cache, "_CHECKED_POSITIONS", 6)
+    rows = {row: [1 + row % 9, 1 + (row * 5) % 9, 3, 1 + (row * 2) % 9] for row in range(60)}
+    encoded = []
+    encode = SASRecModel.encode
+    monkeypatch.setattr(
+        SASRecModel, "encode", lambda self, items, *rest: encoded.append(len(items)) or encode(self, items, *rest)
+    )
+    cache = TeacherCache.build(wide_teacher, make_dataset(rows), tmp_path / "cache", max_error=0.01)
+    # 48 positions at three a row, then six, then all.
+    assert encoded == [16, 2, 60]
+    assert cache.manifest["reduction"]["positions"] == 6
+
+
+@pytest.mark.parametrize("max_error", [-0.1, float("nan")])
+def test_an_error_that_is_none(wide_teacher, dataset, tmp_path, max_error):
+    with pytest.raises(ConfigurationError, match="max_error must not be negative"):
+        TeacherCache.build(wide_teacher, dataset, tmp_path / "cache", max_error=max_error)
+
+
+@pytest.mark.parametrize("what", ["hidden state", "item matrix"])
+@pytest.mark.parametrize("width", [8, WIDE])
+def test_a_teacher_that_diverged_is_named(dataset, tmp_path, width, what):
+    teacher = make_teacher(width=width)
+    weight = teacher.final_norm.weight if what == "hidden state" else teacher.item_embedding.weight
+    weight.data[-1] = float("nan")
+    with pytest.raises(CacheError, match=f"{what} holds numbers that are not finite"):
+        TeacherCache.build(teacher, dataset, tmp_path / "cache", max_error=0.01)
+
+
 # --- building --------------------------------------------------------------------------------------------------------
 
 
@@ -182,8 +298,8 @@ def test_files(cache, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["cache"], "a .partial folder is left"
     names = sorted(path.name for path in cache.directory.iterdir())
     assert names == ["hidden-00000-of-00001.npy", "item_matrix.safetensors", "manifest.json", "offsets.npy"]
-    for path in cache.directory.glob("*.npy"):
-        assert np.load(path, allow_pickle=False).dtype in (np.float32, np.int64)
+    assert np.load(cache.directory / names[0], allow_pickle=False)["hidden"].dtype == np.float32
+    assert np.load(cache.directory / names[-1], allow_pickle=False).dtype == np.int64
     positions = sum(min(len(items) - 1, MAX_LENGTH) for items in ROWS.values())
     assert cache.manifest["positions"] == positions
     assert repr(cache) == f"TeacherCache({positions} positions of width 8, 9 items)"
@@ -233,7 +349,7 @@ def test_bad_row_ids(teacher, dataset, tmp_path, row_ids):
 # --- more processes than one -----------------------------------------------------------------------------------------
 
 
-def build_with_processes(monkeypatch, processes, teacher, dataset, directory):
+def build_with_processes(monkeypatch, processes, teacher, dataset, directory, **arguments):
     """Threads take the place of processes: each has its own index and teacher, and they meet at a barrier."""
     barrier = threading.Barrier(processes, timeout=60)
     local = threading.local()
@@ -259,7 +375,7 @@ def build_with_processes(monkeypatch, processes, teacher, dataset, directory):
     def run(index):
         local.index = index
         try:
-            return TeacherCache.build(copy.deepcopy(teacher), dataset, directory, batch_size=2)
+            return TeacherCache.build(copy.deepcopy(teacher), dataset, directory, batch_size=2, **arguments)
         except BaseException:
             barrier.abort()
             raise
@@ -279,6 +395,16 @@ def test_every_process_writes_its_rows(monkeypatch, teacher, dataset, tmp_path, 
             batch = collate(dataset, order)
             assert torch.equal(lookup(cache, batch), live(teacher, batch))
         assert lookup(cache, collate(dataset, max_length=2)).shape == (9, 8)
+
+
+def test_every_process_narrows_the_teacher_alike(monkeypatch, wide_teacher, dataset, tmp_path):
+    alone = TeacherCache.build(wide_teacher, dataset, tmp_path / "alone", batch_size=2, max_error=0.01)
+    together = build_with_processes(monkeypatch, 3, wide_teacher, dataset, tmp_path / "cache", max_error=0.01)
+    batch = collate(dataset)
+    for cache in together:
+        assert cache.manifest["reduction"] == alone.manifest["reduction"]
+        assert torch.equal(cache.item_matrix, alone.item_matrix)
+        torch.testing.assert_close(lookup(cache, batch), lookup(alone, batch))
 
 
 def test_a_shard_of_another_process_is_checked_too(monkeypatch, teacher, dataset, tmp_path):
@@ -326,7 +452,7 @@ def test_damaged_manifest(cache, content):
 def test_another_format_version(cache):
     cache.manifest["format_version"] = 99
     (cache.directory / "manifest.json").write_text(json.dumps(cache.manifest))
-    with pytest.raises(CacheError, match="format version 99, this package reads 1"):
+    with pytest.raises(CacheError, match="format version 99, this package reads 2"):
         TeacherCache(cache.directory)
 
 
@@ -409,3 +535,10 @@ def test_for_teacher_rebuilds_for_another_teacher_data_or_length(builds, teacher
     fewer = dataset.select([0, 1])
     TeacherCache.for_teacher(other, fewer, tmp_path / "cache").check(dataset=fewer)
     assert len(builds) == 4
+
+
+def test_for_teacher_rebuilds_for_another_error(builds, wide_teacher, dataset, tmp_path):
+    for max_error in (0.05, 0.05, 0.0, 1e-3, 1e-3):
+        cache = TeacherCache.for_teacher(wide_teacher, dataset, tmp_path / "cache", max_error=max_error)
+        assert cache.manifest["max_error"] == max_error
+    assert len(builds) == 3

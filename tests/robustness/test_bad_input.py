@@ -330,7 +330,7 @@ CASES = {
     # caches
     "cache: none": (lambda known, folder: TeacherCache(folder), "There is no teacher cache"),
     "cache: foreign": (
-        lambda known, folder: ((folder / "manifest.json").write_text('{"format_version": 1}'), TeacherCache(folder)),
+        lambda known, folder: ((folder / "manifest.json").write_text('{"format_version": 2}'), TeacherCache(folder)),
         "damaged (no data_hash)",
     ),
     "cache: of the future": (

@@ -16,6 +16,7 @@ from llmd4rec_hf.errors import ConfigurationError
         ({"temperature": float("nan")}, "temperature must be positive"),
         ({"kl_weight": -0.5}, "kl_weight must not be negative"),
         ({"weighting": "ranks"}, "weighting must be one of"),
+        ({"teacher_max_error": -0.01}, "teacher_max_error must not be negative"),
         ({"rank_base": 2}, "rank_base must be one of"),
         ({"seen_items": "hide"}, "seen_items must be one of"),
         ({"loss_normalization": "mean"}, "loss_normalization must be one of"),

@@ -181,4 +181,5 @@ def test_save_total_limit_keeps_the_best(make_crm, arguments, splits, tmp_path):
 def test_the_other_sides_arguments(make_llm, arguments):
     with pytest.raises(ConfigurationError, match="CRMArguments are the arguments of another trainer"):
         MutualDistillTrainer(make_llm(), arguments(CRMArguments))
-    assert CRMTrainer(make_llm(), arguments(MutualDistillArguments)).settings.length_bucketing
+    with pytest.raises(ConfigurationError, match="MutualDistillArguments are the arguments of another trainer"):
+        CRMTrainer(make_llm(), arguments(MutualDistillArguments))

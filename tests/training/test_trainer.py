@@ -14,11 +14,14 @@ from llmd4rec_hf import (
     CRMArguments,
     CRMTrainer,
     ItemVocabulary,
+    MutualDistillArguments,
+    MutualDistillTrainer,
     SequenceCollator,
     TeacherCache,
     distillation_loss,
     ranking_metrics,
 )
+from llmd4rec_hf.distillation import teacher_cache
 from llmd4rec_hf.errors import CacheError, ConfigurationError
 
 
@@ -166,6 +169,43 @@ def test_cache_of_other_data_is_refused(make_crm, arguments, splits, tmp_path):
         train(make_crm(0), arguments(), splits, cache)
 
 
+def test_a_wide_teacher_is_narrowed_to_teach(make_crm, arguments, splits):
+    """Twelve items span eleven dimensions without their mean; what is left out is hardly noticed."""
+    narrowed, whole = make_crm(0), make_crm(0)
+    trainer = train(narrowed, arguments("narrowed", optim="sgd"), splits, make_crm(1, hidden_size=160))
+    assert trainer._teacher_items.shape == (13, trainer._teacher_cache.manifest["hidden_size"])
+    assert trainer._teacher_items.shape[1] <= 11
+    trainer = train(
+        whole, arguments("whole", optim="sgd", teacher_max_error=0.0), splits, make_crm(1, hidden_size=160)
+    )
+    assert trainer._teacher_items.shape == (13, 160)
+    torch.testing.assert_close(weights(narrowed), weights(whole), atol=1e-4, rtol=1e-3)
+
+
+def llm_arguments(tmp_path, **settings) -> MutualDistillArguments:
+    settings = {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_steps": 1, **settings}
+    return MutualDistillArguments(str(tmp_path / "llm"), **settings)
+
+
+def test_a_crm_gives_the_llm_its_own_item_vectors_however_wide(make_crm, make_llm, splits, tmp_path, monkeypatch):
+    """A narrow form would have other vectors, in another basis."""
+    monkeypatch.setattr(teacher_cache, "EXACT_WIDTH", 4)
+    llm, crm = make_llm(), make_crm(1)
+    MutualDistillTrainer(llm, llm_arguments(tmp_path), splits["train"], teacher=crm).train()
+    vectors = crm.item_matrix().detach()[1:]
+    torch.testing.assert_close(llm.item_vectors[1:], vectors / vectors.square().mean().sqrt())
+
+
+def test_a_narrowed_teacher_has_no_item_vectors_to_give(make_crm, make_llm, splits, tmp_path):
+    cache = TeacherCache.build(make_crm(1, hidden_size=160), splits["train"], tmp_path / "cache", max_error=0.01)
+    with pytest.raises(ConfigurationError, match="a narrowed teacher, without its own item vectors"):
+        MutualDistillTrainer(make_llm(), llm_arguments(tmp_path), splits["train"], teacher=cache)
+    args = llm_arguments(tmp_path, refresh_item_vectors=False)
+    trainer = MutualDistillTrainer(make_llm(), args, splits["train"], teacher=cache)
+    trainer.train()
+    assert not trainer.model.item_vectors.any()
+
+
 def test_loss_parts_are_logged(make_crm, arguments, splits):
     trainer = train(make_crm(0), arguments(logging_steps=5, kl_weight=0.5), splits, make_crm(1))
     entry = trainer.state.log_history[0]
@@ -211,17 +251,19 @@ def test_resumed_training_equals_uninterrupted(make_crm, arguments, splits):
 
 
 def test_best_model_comes_back(make_crm, arguments, splits):
+    # Where less counts as better, the best is not the last: this model gets better with every epoch.
     args = arguments(
-        num_train_epochs=6,
+        num_train_epochs=4,
         learning_rate=0.05,
         eval_strategy="epoch",
         save_strategy="epoch",
         load_best_model_at_end=True,
         metric_for_best_model="ndcg@10",
+        greater_is_better=False,
     )
     trainer = train(make_crm(0), args, splits)
     values = [entry["eval_ndcg@10"] for entry in trainer.state.log_history if "eval_ndcg@10" in entry]
-    assert trainer.evaluate()["eval_ndcg@10"] == pytest.approx(max(values))
+    assert trainer.evaluate()["eval_ndcg@10"] == pytest.approx(min(values))
     assert trainer.evaluate()["eval_ndcg@10"] != pytest.approx(values[-1])
 
 
