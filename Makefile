@@ -40,7 +40,7 @@ format: $(INSTALLED) ## mend what lint can mend
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED) ## run the benchmarks that need no other package, one after the other (results in benchmarks/results)
-	for script in loss; do $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
+	for script in loss overhead scaling; do $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
 
 docs: $(INSTALLED) ## build the documentation into site/ (ARGS="-d FOLDER" for another place)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)

@@ -17,32 +17,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import write_result
+from common import TRAINED_POWER, make_teacher, write_result
 from crm_training import load
-from transformers import set_seed
 
-from llmd4rec_hf import CRMArguments, SASRecConfig, SASRecModel, SequenceCollator, TeacherCache
+from llmd4rec_hf import CRMArguments, SASRecModel, SequenceCollator, TeacherCache
 from llmd4rec_hf.training.sampler import LengthBucketSampler
 
 
 BATCH_SIZE, TEMPERATURE = 256, 2.0
-# Width, how fast the size of its dimensions falls (as a power of their number), allowed error. With this power a
-# teacher of width 1024 keeps about as many dimensions as an LLM of that width does that was trained on the demo: 135.
-TEACHERS = ((64, 0.0, 0.0), (1024, 0.0, 0.0), (1024, 0.75, CRMArguments.teacher_max_error))
-
-
-@torch.no_grad()
-def make_model(num_items: int, width: int, power: float = 0.0) -> SASRecModel:
-    """Random weights whose scores spread like those of a trained model (standard deviation of about 2)."""
-    set_seed(width)
-    model = SASRecModel(SASRecConfig(num_items=num_items, hidden_size=width, num_layers=1, dropout=0.0)).eval()
-    torch.nn.init.normal_(model.item_embedding.weight, std=2 / width**0.5)
-    # Without it a random model of tied embeddings is certain of the item it has just read, and certainty hides errors.
-    torch.nn.init.normal_(model.final_norm.weight)
-    model.item_embedding.weight.data *= torch.arange(1, width + 1) ** -power
-    scores = model.encode(torch.randint(1, num_items + 1, (8, 20))) @ model.item_matrix()[1:].T
-    model.item_embedding.weight.data *= 2 / scores.std()
-    return model
+# Width, how fast the size of its dimensions falls (as a power of their number), allowed error.
+TEACHERS = ((64, 0.0, 0.0), (1024, 0.0, 0.0), (1024, TRAINED_POWER, CRMArguments.teacher_max_error))
 
 
 def batches_of(train, count: int):
@@ -94,7 +78,7 @@ def reading_speed(cache: TeacherCache, batches: list) -> float:
 
 def measure(train, num_items: int, width: int, power: float, max_error: float, folder: Path) -> dict:
     """One teacher."""
-    teacher = make_model(num_items, width, power)
+    teacher = make_teacher(num_items, width, power)
     start = time.perf_counter()
     cache = TeacherCache.build(teacher, train, folder, max_error=max_error)
     seconds = time.perf_counter() - start
@@ -114,7 +98,7 @@ def measure(train, num_items: int, width: int, power: float, max_error: float, f
         "dense_fp16_bytes_per_position": dense,
         "times_smaller": dense * positions / shards,
         "times_smaller_with_item_matrix": dense * positions / sum(sizes.values()),
-        "kl_error": kl_error(cache, teacher, make_model(num_items, 32), batches[:3]),
+        "kl_error": kl_error(cache, teacher, make_teacher(num_items, 32), batches[:3]),
         "positions_read_per_second": reading_speed(cache, batches),
         "positions_written_per_second": positions / seconds,
     }

@@ -14,10 +14,18 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
+from datasets import Dataset
+from transformers import set_seed
+
+from llmd4rec_hf import SASRecConfig, SASRecModel
 
 
 RESULTS = Path(__file__).parent / "results"
+# With this power (see `make_teacher`) a teacher of width 1024 keeps about as many dimensions as an LLM of that width
+# does that was trained on the demo: 135.
+TRAINED_POWER = 0.75
 PACKAGES = ("llmd4rec-hf", "torch", "transformers", "accelerate", "datasets", "liger-kernel", "recbole", "rectools")
 
 
@@ -70,6 +78,11 @@ def peak_extra_bytes(function: Callable[[], object]) -> int:
     before = _status("VmRSS")
     function()
     return _status("VmHWM") - before
+
+
+def peak_bytes() -> int:
+    """Peak of this process's resident memory so far, on Linux."""
+    return _status("VmHWM")
 
 
 def _status(name: str) -> int:
@@ -128,3 +141,28 @@ def matmul_rate(rows: int, inner: int, columns: int, dtype: torch.dtype) -> floa
     """Floating-point operations per second of one matrix product of this shape on this machine."""
     left, right = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
     return 2 * rows * inner * columns / median_seconds(lambda: left @ right.T, 7)
+
+
+def beauty_like_rows(num_items: int, num_rows: int) -> Dataset:
+    """Training rows of random items, as long as those of Beauty: 3 items at least and 6.9 on average."""
+    random = np.random.default_rng(0)
+    lengths = random.geometric(1 / 4.9, num_rows) + 2
+    rows = [random.integers(1, num_items + 1, length).tolist() for length in lengths]
+    return Dataset.from_dict({"item_ids": rows, "length": lengths.tolist(), "row_id": list(range(num_rows))})
+
+
+@torch.no_grad()
+def make_teacher(num_items: int, width: int, power: float = 0.0) -> SASRecModel:
+    """
+    Random weights whose scores spread like those of a trained model (standard deviation of about 2). Its dimensions
+    fall in size as this power of their number.
+    """
+    set_seed(width)
+    model = SASRecModel(SASRecConfig(num_items=num_items, hidden_size=width, num_layers=1, dropout=0.0)).eval()
+    torch.nn.init.normal_(model.item_embedding.weight, std=2 / width**0.5)
+    # Without it a random model of tied embeddings is certain of the item it has just read, and certainty hides errors.
+    torch.nn.init.normal_(model.final_norm.weight)
+    model.item_embedding.weight.data *= torch.arange(1, width + 1) ** -power
+    scores = model.encode(torch.randint(1, num_items + 1, (8, 20))) @ model.item_matrix()[1:].T
+    model.item_embedding.weight.data *= 2 / scores.std()
+    return model

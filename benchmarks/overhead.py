@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a teacher adds to a training step, and what our Trainer adds to the plain one. Ratios come from one run, with the
-variants in turns; caching the teacher is not part of a step and is timed on its own.
+What a teacher adds to a training step, and what our Trainer adds to the plain one, at Beauty's sizes. Batches of the
+variants are the same, so ratios of steps are those of epochs. Ratios come from one run, with the variants in turns, by
+processor time and by wall time; caching the teacher is once per round, and no part of a step (see `cache.py`).
 
-    python benchmarks/overhead.py --dataset FOLDER
+    python benchmarks/overhead.py
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import time
 from pathlib import Path
 
 import torch
-from common import write_result
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from common import TRAINED_POWER, beauty_like_rows, make_teacher, write_result
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from llmd4rec_hf import (
     CRMArguments,
     CRMTrainer,
-    ItemVocabulary,
     LLMRecommender,
     MutualDistillArguments,
     MutualDistillTrainer,
@@ -29,61 +29,101 @@ from llmd4rec_hf import (
     SASRecModel,
     SequenceCollator,
     TeacherCache,
-    load_interactions,
-    split_leave_one_out,
 )
-from llmd4rec_hf.data import describe_interactions, make_demo
 from llmd4rec_hf.models import build_tiny_llm
 
 
-LLM_WIDTH, TEACHER_WIDTHS = 256, (64, 256, 1024)
+ITEMS, ROWS = 12_101, 3000
+# Width, how fast the size of its dimensions falls, allowed error; the last is what CRMArguments allow.
+TEACHERS = {
+    "teacher d=64": (64, 0.0, 0.0),
+    "teacher d=1024, exact": (1024, TRAINED_POWER, 0.0),
+    "teacher d=1024, narrowed": (1024, TRAINED_POWER, CRMArguments.teacher_max_error),
+}
+# Width and layers of the Llamas that learn, all of whose weights are trained.
+LLMS = {"llm 256x2": (256, 2), "llm 768x6": (768, 6)}
+CLOCKS = {"seconds": time.perf_counter, "processor_seconds": time.process_time}
 
 
-def load(dataset: str):
-    """The log's facts and its training rows."""
-    interactions = make_demo()[0] if dataset == "demo" else load_interactions(dataset)
-    vocabulary = ItemVocabulary.from_interactions(interactions)
-    return describe_interactions(interactions), vocabulary, split_leave_one_out(interactions, vocabulary)["train"]
+class StepClock(TrainerCallback):
+    """Mean time of a step, from batch to batch, without the first, in which memory is first taken."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.starts = {name: read() for name, read in CLOCKS.items()}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step > 1:
+            steps = state.global_step - 1
+            self.times = {name: (read() - self.starts[name]) / steps for name, read in CLOCKS.items()}
 
 
-def make_crm(num_items: int, width: int = 64, **settings) -> SASRecModel:
-    """A SASRec of random weights: what a step costs does not depend on them."""
-    set_seed(0)
-    return SASRecModel(SASRecConfig(num_items=num_items, hidden_size=width, **settings))
-
-
-def make_llm(num_items: int) -> LLMRecommender:
-    """A small LLM of random weights, trained as a whole."""
-    set_seed(0)
-    backbone, tokenizer = build_tiny_llm(["a user chose these items"], hidden_size=LLM_WIDTH)
-    return LLMRecommender.from_backbone(backbone, num_items, 64, tokenizer=tokenizer)
-
-
-def seconds_per_step(build, steps: int) -> float:
-    """Wall time of a step of a freshly built trainer, without its preparation."""
-    trainer = build()
+def time_per_step(trainer: Trainer) -> dict[str, float]:
+    """Times of a step of a freshly built trainer."""
+    clock = StepClock()
     trainer.remove_callback(PrinterCallback)
-    start = time.perf_counter()
+    trainer.add_callback(clock)
     trainer.train()
-    # What the Trainer itself calls its run time begins after the teacher has been cached.
-    own = next(entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry)
-    return min(own, time.perf_counter() - start) / steps
+    return clock.times
 
 
-def in_turns(builders: dict, steps: int, repeats: int) -> dict[str, float]:
-    """Median seconds per step of each trainer, in turns."""
-    seconds = {name: [] for name in builders}
+def in_turns(builders: dict, repeats: int) -> dict[str, dict[str, float]]:
+    """Median times per step of each trainer, in turns."""
+    times = {name: [] for name in builders}
     for _ in range(repeats):
         for name, build in builders.items():
-            seconds[name].append(seconds_per_step(build, steps))
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            times[name].append(time_per_step(build()))
+    return {name: {clock: statistics.median(t[clock] for t in of) for clock in CLOCKS} for name, of in times.items()}
 
 
-def builders(num_items: int, train, folder: Path, options) -> dict:
-    """Each variant as a function that builds its trainer."""
+def make_crm() -> SASRecModel:
+    """A SASRec of random weights: what a step costs does not depend on them."""
+    set_seed(0)
+    return SASRecModel(SASRecConfig(num_items=ITEMS))
+
+
+def make_llm(width: int, layers: int) -> LLMRecommender:
+    """A Llama of random weights."""
+    set_seed(0)
+    backbone, tokenizer = build_tiny_llm(["a user chose these items"], hidden_size=width, num_layers=layers)
+    return LLMRecommender.from_backbone(backbone, ITEMS, 64, tokenizer=tokenizer)
+
+
+def crm_builders(rows, caches: dict[str, TeacherCache], shared: dict) -> dict:
+    """Each variant of the CRM as a function that builds its trainer."""
+
+    def crm(teacher=None, **settings):
+        return CRMTrainer(make_crm(), CRMArguments(**settings, **shared), rows, teacher=teacher)
+
+    def plain():
+        args = TrainingArguments(per_device_train_batch_size=256, learning_rate=1e-3, **shared)
+        return Trainer(make_crm(), args, train_dataset=rows, data_collator=SequenceCollator(max_length=50))
+
+    variants = {"crm": crm}
+    variants |= {f"crm, {name}": lambda cache=cache: crm(cache) for name, cache in caches.items()}
+    # The batches of the plain one: neither has buckets.
+    like_plain = {"length_bucketing": False, "loss_normalization": "batch"}
+    return variants | {"plain Trainer": plain, "our Trainer, same batches": lambda: crm(**like_plain)}
+
+
+def llm_builders(rows, cache: TeacherCache, shared: dict) -> dict:
+    """Each variant of the LLM as a function that builds its trainer."""
+
+    def llm(shape, teacher=None):
+        return MutualDistillTrainer(make_llm(*shape), MutualDistillArguments(**shared), rows, teacher=teacher)
+
+    variants = {}
+    for name, shape in LLMS.items():
+        variants[name] = lambda shape=shape: llm(shape)
+        variants[f"{name}, teacher d=64"] = lambda shape=shape: llm(shape, cache)
+    return variants
+
+
+def measure(rows, folder: Path, options) -> tuple[dict, dict]:
+    """Times of all variants, and of each teacher the width that is stored."""
     shared = {
         "output_dir": str(folder / "run"),
-        "max_steps": options.steps,
+        "max_steps": options.steps + 1,
         "use_cpu": not torch.cuda.is_available(),
         "bf16": options.bf16,
         "disable_tqdm": True,
@@ -91,55 +131,38 @@ def builders(num_items: int, train, folder: Path, options) -> dict:
         "report_to": "none",
     }
     caches = {
-        width: TeacherCache.build(make_crm(num_items, width, num_layers=1), train, folder / f"cache-{width}")
-        for width in TEACHER_WIDTHS
+        name: TeacherCache.build(make_teacher(ITEMS, width, power), rows, folder / name, max_error=max_error)
+        for name, (width, power, max_error) in TEACHERS.items()
     }
+    times = in_turns(crm_builders(rows, caches, shared), options.repeats)
+    times |= in_turns(llm_builders(rows, caches["teacher d=64"], shared), options.repeats)
+    return times, {name: cache.manifest["hidden_size"] for name, cache in caches.items()}
 
-    def crm(teacher=None):
-        return CRMTrainer(make_crm(num_items), CRMArguments(**shared), train, teacher=teacher)
 
-    def llm(teacher=None):
-        return MutualDistillTrainer(make_llm(num_items), MutualDistillArguments(**shared), train, teacher=teacher)
-
-    def plain():
-        # Batches as ours, without buckets on both sides.
-        args = TrainingArguments(per_device_train_batch_size=256, learning_rate=1e-3, **shared)
-        collator = SequenceCollator(max_length=50)
-        return Trainer(make_crm(num_items), args, train_dataset=train, data_collator=collator)
-
-    def ours_like_plain():
-        args = CRMArguments(length_bucketing=False, loss_normalization="batch", **shared)
-        return CRMTrainer(make_crm(num_items), args, train)
-
-    variants = {"crm alone": crm}
-    for width, cache in caches.items():
-        variants[f"crm, teacher of width {width}"] = lambda cache=cache: crm(cache)
-    variants |= {"llm alone": llm, "llm, teacher of width 64": lambda: llm(caches[64])}
-    return variants | {"plain Trainer": plain, "our Trainer, same batches": ours_like_plain}
+def ratios_of(times: dict) -> dict[str, dict[str, float]]:
+    """Each variant with a teacher to the one without, and our Trainer to the plain one."""
+    pairs = [(name, name.split(",")[0]) for name in times if ", teacher" in name]
+    pairs.append(("our Trainer, same batches", "plain Trainer"))
+    return {f"{a} / {b}": {clock: times[a][clock] / times[b][clock] for clock in CLOCKS} for a, b in pairs}
 
 
 def main() -> None:
     """Measure, print ratios, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="demo")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    facts, vocabulary, train = load(options.dataset)
     with tempfile.TemporaryDirectory() as folder:
-        variants = builders(len(vocabulary), train, Path(folder), options)
-        seconds = in_turns(variants, options.steps, options.repeats)
-    pairs = [(name, name.split(",")[0] + " alone") for name in seconds if ", teacher" in name]
-    pairs.append(("our Trainer, same batches", "plain Trainer"))
-    ratios = {f"{name} / {base}": seconds[name] / seconds[base] for name, base in pairs}
+        times, widths = measure(beauty_like_rows(ITEMS, ROWS), Path(folder), options)
+    ratios = ratios_of(times)
     for name, ratio in ratios.items():
-        print(f"{name:60s} {ratio:5.2f}")
+        print(f"{name:50s} {ratio['processor_seconds']:6.3f} by processor time {ratio['seconds']:6.3f} by wall time")
     write_result(
         "overhead_bf16" if options.bf16 else "overhead",
-        {"dataset": facts, "seconds_per_step": seconds, "ratios": ratios},
+        {"items": ITEMS, "rows": ROWS, "stored_widths": widths, "per_step": times, "ratios": ratios},
     )
 
 

@@ -190,6 +190,10 @@ class MutualDistillation:
                     f"{len(self.vocabulary)}: build both models with num_items=len(vocabulary)."
                 )
             self._check_vocabulary(side, model)
+        if self.args["crm"].init_item_vectors and "crm" not in FRESH_STUDENTS[self.config.fresh_students]:
+            raise ConfigurationError(
+                "With init_item_vectors the CRM begins every round anew: set fresh_students to 'crm' or 'both'."
+            )
         width = self.models["crm"].item_matrix().shape[1]
         if self.models["llm"].config.item_dim != width:
             raise ConfigurationError(

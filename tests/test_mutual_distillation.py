@@ -237,3 +237,11 @@ def test_bad_arguments_are_named(make_run, tmp_path):
         make_run("x", items=ItemVocabulary(["a", "b"]))
     with pytest.raises(ConfigurationError, match="agree on seen_items"):
         make_run("x", llm_args={"seen_items": "keep"})
+
+
+def test_item_vectors_of_the_teacher_need_a_crm_that_begins_anew(make_run):
+    with pytest.raises(ConfigurationError, match="fresh_students"):
+        make_run("warm", crm_args={"init_item_vectors": True})
+    results = make_run("anew", crm_args={"init_item_vectors": True}, rounds=1, fresh_students="crm").run()
+    first, second = (entry["crm"]["validation"]["ndcg@10"] for entry in results["rounds"])
+    assert first != second

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .loss import DistillationLoss, distillation_loss
+from .sampled import draw_negatives, sampled_distillation_loss
 from .teacher_cache import TeacherCache
 from .weighting import TargetOutcome, confidence_weights, rank_weights, register_weighting
 
@@ -14,6 +15,8 @@ __all__ = [
     "TeacherCache",
     "confidence_weights",
     "distillation_loss",
+    "draw_negatives",
     "rank_weights",
     "register_weighting",
+    "sampled_distillation_loss",
 ]

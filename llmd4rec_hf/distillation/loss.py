@@ -69,7 +69,9 @@ class DistillationLoss:
 
 
 @dataclass(frozen=True)
-class _Settings:
+class LossSettings:
+    """What a walk over the positions has to know; the arguments of [`distillation_loss`] have the same names."""
+
     temperature: float
     kl_weight: float
     weighting: str
@@ -153,43 +155,62 @@ def distillation_loss(
     Source: LLMD4Rec (arXiv 2505.18120), `L_down` and `L_up`. Computing the gradient in the forward pass, chunk by
     chunk, follows the idea of Liger-Kernel's fused linear losses.
     """
-    _check_arguments(hidden, item_matrix, teacher_hidden, teacher_item_matrix, temperature, weighting, rank_base)
+    check_options(temperature, weighting, rank_base)
+    _check_shapes(hidden, item_matrix, labels, teacher_hidden, teacher_item_matrix)
     keep = labels != IGNORE_INDEX
     kept = labels[keep]
-    _check_labels(labels, kept, hidden, item_matrix)
+    check_labels(kept, item_matrix.shape[0] - 1, f" (or {IGNORE_INDEX} to ignore a position)")
     if kept.numel() < labels.numel():
         hidden = hidden[keep]
         teacher_hidden = None if teacher_hidden is None else teacher_hidden[keep]
-    settings = _Settings(
+    settings = LossSettings(
         temperature=1.0 if teacher_hidden is None else float(temperature),
         kl_weight=float(kl_weight),
         weighting=weighting,
         rank_base=rank_base,
         scale_by_temperature_squared=scale_by_temperature_squared,
         chunk_size=chunk_size or default_chunk_size(item_matrix.shape[0] - 1, hidden.device),
-        matmul_dtype=_autocast_dtype(hidden.device.type),
+        matmul_dtype=autocast_dtype(hidden.device.type),
     )
+    divisor = max(kept.numel(), 1) if num_items_in_batch is None else num_items_in_batch
+    walk = functools.partial(
+        _Walk,
+        labels=kept,
+        teacher_hidden=teacher_hidden,
+        teacher_item_matrix=teacher_item_matrix,
+        settings=settings,
+    )
+    result = loss_of_walk(walk, hidden, item_matrix, divisor, settings.kl_weight)
+    result.student_ranks = _spread(result.student_ranks, keep)
+    result.teacher_ranks = None if teacher_hidden is None else _spread(result.teacher_ranks, keep)
+    return result
+
+
+def loss_of_walk(walk, hidden, item_matrix, divisor, kl_weight: float) -> DistillationLoss:
+    """
+    The loss that a walk over the positions finds, with its gradients.
+
+    Args:
+        walk (`Callable`): makes an object with the attributes of [`_Walk`], which its `run` fills, out of `hidden`,
+            `item_matrix` and `need_gradients`.
+        hidden, item_matrix (`torch.Tensor`): what the gradients are for.
+        divisor (`int`, `float` or `torch.Tensor`): what the summed losses are divided by.
+        kl_weight (`float`): weight of the KL term against cross-entropy.
+    """
     if not torch.is_grad_enabled():
         # Inside an autograd function gradients are always off, so it can only see whether its inputs ask for them.
         hidden, item_matrix = hidden.detach(), item_matrix.detach()
-    divisor = max(kept.numel(), 1) if num_items_in_batch is None else num_items_in_batch
-    loss, cross_entropy, kl, weight_mean, agreement, student_ranks, teacher_ranks = _ChunkedLoss.apply(
-        hidden, item_matrix, kept, teacher_hidden, teacher_item_matrix, divisor, settings
-    )
-    return DistillationLoss(
-        loss=loss,
-        cross_entropy=cross_entropy,
-        kl=kl,
-        weight_mean=weight_mean,
-        agreement=agreement,
-        student_ranks=_spread(student_ranks, keep),
-        teacher_ranks=None if teacher_hidden is None else _spread(teacher_ranks, keep),
-    )
+    return DistillationLoss(*_ChunkedLoss.apply(hidden, item_matrix, walk, divisor, kl_weight))
 
 
 def default_chunk_size(num_items: int, device: torch.device | str) -> int:
     """Rows per chunk so that one chunk x items buffer of float32 stays within the device's budget."""
     return max(_MIN_CHUNK_ROWS, _rows(_CHUNK_BYTES, num_items, device))
+
+
+def default_slice_size(num_items: int, device: torch.device | str) -> int:
+    """Rows per slice, likewise for what is computed between matrix products."""
+    return _rows(_SLICE_BYTES, num_items, device)
 
 
 def _rows(budgets: dict[str, int], num_items: int, device: torch.device | str) -> int:
@@ -200,15 +221,15 @@ class _ChunkedLoss(torch.autograd.Function):
     """Losses and gradients in one pass over row chunks; the backward pass only scales the gradients."""
 
     @staticmethod
-    def forward(ctx, hidden, item_matrix, labels, teacher_hidden, teacher_item_matrix, divisor, settings):
+    def forward(ctx, hidden, item_matrix, make_walk, divisor, kl_weight):
         need_gradients = hidden.requires_grad or item_matrix.requires_grad
         # What is in half precision below is so by choice.
         with torch.autocast(device_type=hidden.device.type, enabled=False):
-            walk = _Walk(hidden, item_matrix, labels, teacher_hidden, teacher_item_matrix, settings, need_gradients)
+            walk = make_walk(hidden, item_matrix, need_gradients)
             walk.run()
-        count = max(labels.numel(), 1)
+        count = max(hidden.shape[0], 1)
         cross_entropy, kl = walk.cross_entropy.sum() / divisor, walk.kl.sum() / divisor
-        loss = cross_entropy + settings.kl_weight * kl
+        loss = cross_entropy + kl_weight * kl
         if need_gradients:
             ctx.save_for_backward(*walk.gradients)
             ctx.divisor, ctx.dtypes = divisor, (hidden.dtype, item_matrix.dtype)
@@ -221,14 +242,14 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         if grad_loss is None:
-            return (None,) * 7
+            return (None,) * 5
         grad_hidden, grad_items = ctx.saved_tensors
         hidden_dtype, items_dtype = ctx.dtypes
         factor = grad_loss / ctx.divisor
         return (
             (grad_hidden * factor).to(hidden_dtype) if ctx.needs_input_grad[0] else None,
             (grad_items * factor).to(items_dtype) if ctx.needs_input_grad[1] else None,
-            *(None,) * 5,
+            *(None,) * 3,
         )
 
 
@@ -244,11 +265,11 @@ class _Walk:
         gradients (`tuple` of two `torch.FloatTensor`, *optional*): of the summed loss for hidden states and items.
     """
 
-    def __init__(self, hidden, item_matrix, labels, teacher_hidden, teacher_item_matrix, settings, need_gradients):
+    def __init__(self, hidden, item_matrix, need_gradients, *, labels, teacher_hidden, teacher_item_matrix, settings):
         positions, num_items = hidden.shape[0], item_matrix.shape[0] - 1
         self.settings, self.labels = settings, labels
         self.chunk_rows = max(1, min(settings.chunk_size, positions))
-        self.slice_rows = min(self.chunk_rows, _rows(_SLICE_BYTES, num_items, hidden.device))
+        self.slice_rows = min(self.chunk_rows, default_slice_size(num_items, hidden.device))
         sizes = settings.matmul_dtype, self.chunk_rows, self.slice_rows
         self.student = _Side(hidden, item_matrix, *sizes)
         self.teacher = None if teacher_hidden is None else _Side(teacher_hidden, teacher_item_matrix, *sizes)
@@ -305,7 +326,7 @@ class _Walk:
         softened = torch.exp2(student.powers, out=teacher.powers)
         sums = softened.sum(dim=1)
         kl = cross * math.log(2) - teacher_sums.log() + sums.log()
-        weights = _sample_weights(student, sums, teacher, teacher_sums, self.settings)
+        weights = sample_weights(student.outcome(sums), teacher.outcome(teacher_sums), self.settings)
         self.weights[part] = weights
         self.kl[part] = weights * kl * kl_scale
         ratios = (sums / teacher_sums).unsqueeze(1)
@@ -410,22 +431,21 @@ class _Exponents:
         powers = torch.add(scores.amax(dim=1, keepdim=True) * -scale, scores, alpha=scale, out=scores)
         return cls(powers, powers.gather(1, targets).squeeze(1), ranks)
 
-    def log_probs(self, sums: torch.Tensor) -> torch.Tensor:
-        """The true item's log-probability in nats, from the sums of the numerators."""
-        return self.target * math.log(2) - sums.log()
+    def outcome(self, sums: torch.Tensor) -> TargetOutcome:
+        """What becomes of the true items, given the sums of the numerators."""
+        return TargetOutcome(self.ranks, self.target * math.log(2) - sums.log())
 
 
-def _autocast_dtype(device_type: str) -> torch.dtype:
+def autocast_dtype(device_type: str) -> torch.dtype:
+    """The dtype of matrix products: float32 but under autocast."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else torch.float32
 
 
-def _sample_weights(student, student_sums, teacher, teacher_sums, settings):
+def sample_weights(student: TargetOutcome, teacher: TargetOutcome, settings: LossSettings) -> torch.Tensor:
+    """How much the student listens at each position, of shape `(P,)`."""
     if settings.weighting == "rank":
         return rank_weights(student.ranks, teacher.ranks, settings.rank_base)
-    return WEIGHTINGS[settings.weighting](
-        TargetOutcome(student.ranks, student.log_probs(student_sums)),
-        TargetOutcome(teacher.ranks, teacher.log_probs(teacher_sums)),
-    )
+    return WEIGHTINGS[settings.weighting](student, teacher)
 
 
 def _spread(ranks: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -433,18 +453,32 @@ def _spread(ranks: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return ranks if ranks.numel() == keep.numel() else ranks.new_zeros(keep.shape).masked_scatter_(keep, ranks)
 
 
-def _check_arguments(hidden, item_matrix, teacher_hidden, teacher_item_matrix, temperature, weighting, rank_base):
-    if hidden.dim() != 2 or item_matrix.dim() != 2 or hidden.shape[1] != item_matrix.shape[1]:
-        raise ConfigurationError(
-            f"hidden must be (P, d) and item_matrix (N + 1, d), got {tuple(hidden.shape)} and "
-            f"{tuple(item_matrix.shape)}."
-        )
+def check_options(temperature: float, weighting: str, rank_base: int) -> None:
+    """Raise for settings that no loss can be computed with."""
     if not temperature > 0:
         raise ConfigurationError(f"temperature must be positive, got {temperature!r}.")
     if weighting not in WEIGHTINGS:
         raise ConfigurationError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}.")
     if rank_base not in (0, 1):
         raise ConfigurationError(f"rank_base must be 0 or 1, got {rank_base!r}.")
+
+
+def check_labels(labels: torch.Tensor, num_items: int, or_else: str = "") -> None:
+    """Raise for labels that are no items, and say what they may be beside them."""
+    if labels.numel() and not (1 <= int(labels.min()) and int(labels.max()) <= num_items):
+        raise ConfigurationError(
+            f"labels must be in 1..{num_items}{or_else}, got {int(labels.min())}..{int(labels.max())}."
+        )
+
+
+def _check_shapes(hidden, item_matrix, labels, teacher_hidden, teacher_item_matrix):
+    if hidden.dim() != 2 or item_matrix.dim() != 2 or hidden.shape[1] != item_matrix.shape[1]:
+        raise ConfigurationError(
+            f"hidden must be (P, d) and item_matrix (N + 1, d), got {tuple(hidden.shape)} and "
+            f"{tuple(item_matrix.shape)}."
+        )
+    if labels.shape != hidden.shape[:1]:
+        raise ConfigurationError(f"labels must be of shape {tuple(hidden.shape[:1])}, got {tuple(labels.shape)}.")
     if (teacher_hidden is None) != (teacher_item_matrix is None):
         raise ConfigurationError("teacher_hidden and teacher_item_matrix go together: give both or neither.")
     if teacher_hidden is None:
@@ -458,14 +492,4 @@ def _check_arguments(hidden, item_matrix, teacher_hidden, teacher_item_matrix, t
         raise ConfigurationError(
             f"teacher_hidden must be of shape {(hidden.shape[0], teacher_item_matrix.shape[1])}, got "
             f"{tuple(teacher_hidden.shape)}."
-        )
-
-
-def _check_labels(labels, kept, hidden, item_matrix):
-    if labels.shape != hidden.shape[:1]:
-        raise ConfigurationError(f"labels must be of shape {tuple(hidden.shape[:1])}, got {tuple(labels.shape)}.")
-    if kept.numel() and not (1 <= int(kept.min()) and int(kept.max()) < item_matrix.shape[0]):
-        raise ConfigurationError(
-            f"labels must be in 1..{item_matrix.shape[0] - 1} (or {IGNORE_INDEX} to ignore a position), got "
-            f"{int(kept.min())}..{int(kept.max())}."
         )

@@ -28,16 +28,21 @@ class LowRankTeacher:
         item_matrix (`torch.Tensor` of shape `(N + 1, r)`): the new item matrix; row 0 is padding.
         error (`float`): root mean square error of a score, in nats, over the positions that were counted and all
             items. A constant added to all of a position's scores is no error: no softmax sees it.
+        sizes (`torch.Tensor` of shape `(r,)`): root mean square of each new dimension of the hidden states, falling;
+            the item matrix's columns are orthonormal.
     """
 
     projection: torch.Tensor
     item_matrix: torch.Tensor
     error: float
+    sizes: torch.Tensor
 
 
-def reduce_teacher(hidden_moment: torch.Tensor, item_matrix: torch.Tensor, max_error: float) -> LowRankTeacher:
+def reduce_teacher(
+    hidden_moment: torch.Tensor, item_matrix: torch.Tensor, max_error: float = 0.0, max_rank: int | None = None
+) -> LowRankTeacher:
     r"""
-    The narrowest form of a teacher whose scores are off by at most `max_error`.
+    The narrowest form of a teacher whose scores are off by at most `max_error`, or the best one of `max_rank`.
 
     With the items' second moment $W^\top W = R^\top R$, the scores $H W^\top = (H R^\top)(W R^{-1})^\top$ have
     orthonormal columns on the right, so their best approximation of rank r keeps the r largest principal axes of
@@ -47,7 +52,8 @@ def reduce_teacher(hidden_moment: torch.Tensor, item_matrix: torch.Tensor, max_e
     Args:
         hidden_moment (`torch.Tensor` of shape `(d_t, d_t)`): mean of $h h^\top$ over positions.
         item_matrix (`torch.Tensor` of shape `(N + 1, d_t)`): the teacher's item matrix; row 0 is padding.
-        max_error (`float`): largest root mean square error of a score, in nats.
+        max_error (`float`, *optional*, defaults to 0.0): largest root mean square error of a score, in nats.
+        max_rank (`int`, *optional*): largest rank, whatever the error then is.
 
     Returns:
         [`LowRankTeacher`]
@@ -60,13 +66,14 @@ def reduce_teacher(hidden_moment: torch.Tensor, item_matrix: torch.Tensor, max_e
     values, axes = values.flip(0).clamp_min(0), axes.flip(1)
     errors = (values.flip(0).cumsum(0).flip(0) / items.shape[0]).sqrt()
     # errors[r] is the error of keeping r axes; one is kept at least.
-    rank = max(1, int((errors > max_error).sum()))
+    rank = max(1, min(int((errors > max_error).sum()), max_rank or len(errors)))
     kept = axes[:, :rank]
     reduced = item_matrix.new_zeros(item_matrix.shape[0], rank)
     for part, narrow in zip(items.split(_ITEMS_AT_A_TIME), reduced[1:].split(_ITEMS_AT_A_TIME), strict=True):
         narrow.copy_((part.double() - centre) @ (inverse_root @ kept))
     error = float(errors[rank]) if rank < len(errors) else 0.0
-    return LowRankTeacher((root @ kept).to(item_matrix.dtype), reduced, error)
+    sizes = values[:rank].sqrt().to(item_matrix.dtype)
+    return LowRankTeacher((root @ kept).to(item_matrix.dtype), reduced, error, sizes)
 
 
 def score_errors(

@@ -233,6 +233,29 @@ class TeacherCache:
             )
         return unpack(self._gather(index), labels.device)
 
+    def item_vectors(self, width: int) -> torch.Tensor:
+        """
+        The teacher's item vectors in a student's width, for the student to begin with.
+
+        They are the items' side of the best form of its scores in so few dimensions ([`reduce_teacher`]). Of each
+        axis's share in the scores they take the root, so that minor axes are not lost, and all of the scores' spread:
+        a student's hidden states of unit size then give scores that spread as the teacher's do. Where the student is
+        the wider one, its further dimensions are zero.
+
+        Args:
+            width (`int`): the student's number of dimensions.
+
+        Returns:
+            `torch.Tensor` of shape `(N + 1, width)`; row 0, padding, is zero.
+        """
+        positions = self.manifest["positions"]
+        count = min(positions, _FITTED_POSITIONS_PER_DIMENSION * self.item_matrix.shape[1])
+        hidden = unpack(self._gather(np.linspace(0, positions - 1, count, dtype=np.int64))).double()
+        form = reduce_teacher(hidden.T @ hidden / len(hidden), self.item_matrix, max_rank=width)
+        spread = form.sizes.square().sum() / form.sizes.sum()
+        vectors = form.item_matrix * (form.sizes * spread).sqrt()
+        return torch.nn.functional.pad(vectors, (0, width - vectors.shape[1]))
+
     def _check_rows(self, ids: np.ndarray) -> None:
         held = (ids >= 0) & (ids < len(self._offsets) - 1)
         # Ids between those of the data set own no position.

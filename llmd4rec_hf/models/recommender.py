@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
@@ -39,8 +40,8 @@ class RecommenderOutput(ModelOutput):
             Next-item cross-entropy over all items, in nats.
         hidden (`torch.FloatTensor` of shape `(B, T, d)`, or `(B, d)` with `last_only`):
             Hidden state per position; `hidden @ item_matrix.T` are the scores of the item that comes next.
-        item_matrix (`torch.FloatTensor` of shape `(N + 1, d)`):
-            One row per item, row 0 is padding.
+        item_matrix (`torch.FloatTensor` of shape `(N + 1, d)`, or `(K, d)` with `items`):
+            One row per item, row 0 is padding; with `items` only theirs.
     """
 
     loss: torch.FloatTensor | None = None
@@ -92,6 +93,43 @@ class RecommenderModel(PreTrainedModel):
 
     # --- what follows --------------------------------------------------------------------------------------------
 
+    @property
+    def tied_embedding(self) -> nn.Embedding | None:
+        """The embedding whose weights are the item matrix, or `None` if that is made in another way."""
+        item_matrix = self.item_matrix()
+        tied = (part for part in self.modules() if isinstance(part, nn.Embedding) and part.weight is item_matrix)
+        return next(tied, None)
+
+    def item_rows(self, items: torch.LongTensor) -> torch.Tensor:
+        """Rows `(K, d)` of the item matrix. Looked up in an embedding, they can have a sparse gradient."""
+        embedding = self.tied_embedding
+        return self.item_matrix()[items] if embedding is None else embedding(items)
+
+    @torch.no_grad()
+    def set_item_vectors(self, vectors: torch.Tensor) -> None:
+        """
+        Put other item vectors, such as a teacher's, in place of the model's own.
+
+        Args:
+            vectors (`torch.Tensor` of shape `(N + 1, d)`): one row per item; row 0, padding, becomes zero.
+
+        Raises:
+            ConfigurationError: another shape, or a model whose item matrix is not the weight of an embedding.
+        """
+        embedding = self.tied_embedding
+        if embedding is None:
+            raise ConfigurationError(
+                f"The item matrix of {type(self).__name__} is not the weight of an embedding: implement "
+                "`set_item_vectors` to say where other vectors go."
+            )
+        if vectors.shape != embedding.weight.shape:
+            raise ConfigurationError(
+                f"The item vectors are of shape {tuple(vectors.shape)} and this model's of "
+                f"{tuple(embedding.weight.shape)}."
+            )
+        embedding.weight.copy_(vectors)
+        embedding.weight[0] = 0
+
     def encode_last(self, item_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None) -> torch.Tensor:
         """Hidden state after the last item of each history, of shape `(B, d)`."""
         hidden = self.encode(item_ids, attention_mask)
@@ -106,6 +144,7 @@ class RecommenderModel(PreTrainedModel):
         row_id: torch.LongTensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         last_only: bool = False,
+        items: torch.LongTensor | None = None,
     ) -> RecommenderOutput:
         """
         Args:
@@ -119,12 +158,17 @@ class RecommenderModel(PreTrainedModel):
                 of labels in this batch by default.
             last_only (`bool`, *optional*, defaults to `False`): only the state after each history's last item, as
                 `hidden` of shape `(B, d)`. Goes without `labels`.
+            items (`torch.LongTensor` of shape `(K,)`, *optional*): ids of the items whose rows of the item matrix are
+                wanted, all by default. Goes without `labels`.
 
         Returns:
             [`RecommenderOutput`]
         """
         encode = self.encode_last if last_only else self.encode
-        hidden, item_matrix = encode(item_ids, attention_mask), self.item_matrix()
+        hidden = encode(item_ids, attention_mask)
+        if items is not None:
+            return RecommenderOutput(hidden=hidden, item_matrix=self.item_rows(items))
+        item_matrix = self.item_matrix()
         # A parameter that is an output itself looks unused to DistributedDataParallel; a view of it does not.
         item_matrix = item_matrix.view_as(item_matrix)
         loss = None

@@ -29,6 +29,9 @@ class DistillationSettings:
         scale_by_temperature_squared (`bool`, *optional*, defaults to `True`): multiply KL by the squared temperature.
         loss_chunk_size (`int`, *optional*): positions per chunk of the loss; chosen from catalogue and device by
             default.
+        num_sampled_items (`int`, *optional*): compute the loss over the true items and so many others, drawn anew for
+            each step ([`sampled_distillation_loss`]), for catalogues beyond a few hundred thousand items. All items
+            by default, and if there are no more than that.
         loss_normalization (`str`, *optional*, defaults to `"dataset"`): what a step's summed loss is divided by.
             `"dataset"`: the mean number of positions of a step, a constant, so that each position counts the same over
             an epoch although length-bucketed batches hold few or many. `"batch"`: the number of positions in this
@@ -51,6 +54,9 @@ class DistillationSettings:
         default=True, metadata={"help": "Multiply KL by the squared temperature."}
     )
     loss_chunk_size: int | None = field(default=None, metadata={"help": "Positions per chunk of the loss."})
+    num_sampled_items: int | None = field(
+        default=None, metadata={"help": "Compute the loss over so many items, drawn anew for each step."}
+    )
     loss_normalization: str = field(
         default="dataset",
         metadata={"help": "Divide a step's loss by its mean or its own positions.", "choices": NORMALIZATIONS},
@@ -68,7 +74,7 @@ class DistillationSettings:
             raise ConfigurationError(f"temperature must be positive, got {self.temperature}.")
         if not self.kl_weight >= 0:
             raise ConfigurationError(f"kl_weight must not be negative, got {self.kl_weight}.")
-        for name in ("loss_chunk_size", "early_stopping_patience"):
+        for name in ("loss_chunk_size", "num_sampled_items", "early_stopping_patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, or left out, got {getattr(self, name)}.")
         choices = {
@@ -149,10 +155,17 @@ class CRMSettings(DistillationSettings):
             dimensions may be off, root mean square in nats, so that it can be narrowed (see
             [`~TeacherCache.build`]); 0 keeps all of it. The default moves the teacher's distribution by a KL of about
             2e-4 nats; a [`TeacherCache`] that is given as the teacher stays as it was built.
+        init_item_vectors (`bool`, *optional*, defaults to `False`): begin with the teacher's item vectors, brought to
+            the student's width ([`~TeacherCache.item_vectors`]). Those of an LLM that reads titles know how items are
+            alike before the student has seen them together. For a student that begins anew: one that is trained
+            already has learned about its own vectors.
     """
 
     teacher_max_error: float = field(
         default=0.02, metadata={"help": "How far a wide teacher's scores may be off, in nats, to be narrowed."}
+    )
+    init_item_vectors: bool = field(
+        default=False, metadata={"help": "Begin with the teacher's item vectors, in the student's width."}
     )
 
     def __post_init__(self):

@@ -249,18 +249,12 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy plus weighted KL against the cached teacher, over every position that has a label."""
-        items, loss, teacher_items = None, distillation_loss, self._teacher_items
-        if self._num_negatives is not None:
-            # The same for all processes and accumulated batches of a step, whose number then changes nothing.
-            negatives = self._draw_negatives().to(inputs["labels"].device)
-            items = torch.cat([negatives, inputs["labels"][inputs["labels"] != -100]])
-            loss = partial(sampled_distillation_loss, negatives=negatives, num_items=self.model.config.num_items)
-            teacher_items = None if teacher_items is None else teacher_items[items]
+        items, loss_function, teacher_items = self._items_of_step(inputs["labels"])
         outputs = model(inputs["item_ids"], _attention_mask(inputs), items=items)
         hidden, item_matrix, labels = supervised(outputs.hidden, inputs["labels"], outputs.item_matrix)
         divisor = self._loss_divisor(labels, num_items_in_batch)
         loss_of_chunks = partial(
-            loss,
+            loss_function,
             hidden,
             item_matrix,
             labels,
@@ -319,9 +313,16 @@ class DistillationTrainer(Trainer):
         size = self.settings.num_sampled_items
         return size if size is not None and size < self.model.config.num_items else None
 
-    def _draw_negatives(self) -> torch.LongTensor:
-        seed = self.args.seed, self.state.global_step
-        return draw_negatives(self.model.config.num_items, self._num_negatives, seed)
+    def _items_of_step(self, labels: torch.LongTensor):
+        """The items whose rows the loss takes (`None` for all), that loss, and the teacher's rows."""
+        if self._num_negatives is None:
+            return None, distillation_loss, self._teacher_items
+        num_items, seed = self.model.config.num_items, (self.args.seed, self.state.global_step)
+        # The same for all processes and accumulated batches of a step, so that their number changes nothing.
+        negatives = draw_negatives(num_items, self._num_negatives, seed).to(labels.device)
+        items = torch.cat([negatives, labels[labels != -100]])
+        teacher_items = None if self._teacher_items is None else self._teacher_items[items]
+        return items, partial(sampled_distillation_loss, negatives=negatives, num_items=num_items), teacher_items
 
     @property
     def _embedding_by_rows(self) -> nn.Embedding | None:
@@ -340,7 +341,7 @@ class DistillationTrainer(Trainer):
         if args.optim not in OPTIMIZERS_BY_ROWS:
             raise ConfigurationError(
                 f"num_sampled_items updates the item matrix by rows, for which optim must be one of "
-                f"{OPTIMIZERS_BY_ROWS}, got {str(args.optim)!r}."
+                f"{OPTIMIZERS_BY_ROWS}, got {args.optim.value!r}."
             )
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:

@@ -234,7 +234,8 @@ def test_a_larger_error_leaves_fewer_dimensions(wide_teacher, dataset, tmp_path)
 def test_a_teacher_that_needs_more_than_half_its_width_stays_as_it_is(
     wide_teacher, dataset, tmp_path, monkeypatch, rank, narrowed
 ):
-    form = LowRankTeacher(torch.eye(WIDE)[:, :rank], wide_teacher.item_matrix().detach().float()[:, :rank], 0.0)
+    items = wide_teacher.item_matrix().detach().float()[:, :rank]
+    form = LowRankTeacher(torch.eye(WIDE)[:, :rank], items, error=0.0, sizes=torch.ones(rank))
     monkeypatch.setattr(teacher_cache, "reduce_teacher", lambda *_: form)
     cache = TeacherCache.build(wide_teacher, dataset, tmp_path / "cache", max_error=0.05)
     assert cache.is_reduced == narrowed
@@ -542,3 +543,26 @@ def test_for_teacher_rebuilds_for_another_error(builds, wide_teacher, dataset, t
         cache = TeacherCache.for_teacher(wide_teacher, dataset, tmp_path / "cache", max_error=max_error)
         assert cache.manifest["max_error"] == max_error
     assert len(builds) == 3
+
+
+# --- item vectors for a student --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [3, 8, 12])
+def test_item_vectors_spread_a_students_scores_as_the_teachers(teacher, cache, width):
+    vectors = cache.item_vectors(width)
+    assert vectors.shape == (NUM_ITEMS + 1, width)
+    assert not vectors[0].any()
+    hidden = torch.from_numpy(cache._gather(np.arange(cache.manifest["positions"]))["hidden"]).double()
+    scores = hidden @ cache.item_matrix[1:].double().T
+    centred = scores - scores.mean(dim=1, keepdim=True)
+    # What the vectors span can hold of the scores; all of it from the teacher's own width on.
+    left, singular, right = torch.linalg.svd(centred, full_matrices=False)
+    spread = (singular[:width].square().sum() / centred.numel()).sqrt().item()
+    assert vectors[1:].square().sum(dim=1).mean().sqrt().item() == pytest.approx(spread, rel=1e-4)
+    # Its best form is that of the singular vectors, each with the root of its share.
+    kept = min(width, 8)
+    similarity = vectors[1:].double() @ vectors[1:].double().T
+    expected = right[:kept].T @ (singular[:kept, None] * right[:kept])
+    torch.testing.assert_close(similarity / similarity.trace(), expected / expected.trace(), atol=1e-4, rtol=1e-3)
+    assert not vectors[:, 8:].any()

@@ -120,6 +120,32 @@ def test_last_only(kind, still_model, batch):
     assert torch.equal(model(**batch, last_only=True).hidden, model.encode_last(**batch))
 
 
+def test_rows_of_some_items(kind, still_model, batch):
+    model = still_model(kind)
+    del batch["labels"]
+    items = torch.tensor([3, 1, 3])
+    output = model(**batch, items=items)
+    assert torch.equal(output.item_matrix, model.item_matrix()[items])
+    assert torch.equal(output.hidden, model.encode(**batch))
+
+
+def test_a_tied_embedding_gives_sparse_gradients_if_asked(crm_kind, make_model, batch):
+    model = make_model(crm_kind)
+    dense = make_model(crm_kind)
+    assert model.tied_embedding is model.item_embedding
+    del batch["labels"]
+    model.tied_embedding.sparse = True
+    for one in (model, dense):
+        output = one(**batch, items=torch.tensor([3, 1, 3]))
+        (output.hidden.sum() + output.item_matrix.square().sum()).backward()
+    assert model.item_embedding.weight.grad.is_sparse
+    torch.testing.assert_close(model.item_embedding.weight.grad.to_dense(), dense.item_embedding.weight.grad)
+
+
+def test_an_llm_has_no_tied_embedding(llm_kind, still_model):
+    assert still_model(llm_kind).tied_embedding is None
+
+
 def test_training_lowers_the_loss_and_reaches_every_weight(kind, make_model, batch):
     model = make_model(kind)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -431,3 +457,20 @@ def test_what_a_subclass_must_implement():
         model.encode(torch.tensor([[1]]))
     with pytest.raises(NotImplementedError, match="RecommenderModel must implement `item_matrix`"):
         model.item_matrix()
+
+
+def test_other_item_vectors(make_crm):
+    model = make_crm(0)
+    vectors = torch.ones_like(model.item_matrix())
+    model.set_item_vectors(vectors)
+    assert model.item_matrix()[1:].eq(1).all()
+    assert not model.item_matrix()[0].any()
+    with pytest.raises(ConfigurationError, match="of shape"):
+        model.set_item_vectors(vectors[:, :3])
+
+
+def test_other_item_vectors_need_an_embedding(make_crm, monkeypatch):
+    model = make_crm(0)
+    monkeypatch.setattr(type(model), "item_matrix", lambda self: self.item_embedding.weight * 2)
+    with pytest.raises(ConfigurationError, match="implement `set_item_vectors`"):
+        model.set_item_vectors(model.item_matrix())

@@ -26,7 +26,15 @@ CASES = {
         "loss_normalization": "batch",
         "gradient_accumulation_steps": 2,
     },
+    "crm, ragged, a sample of the items": {"kind": "crm", "users": 27, "num_sampled_items": 5},
+    "crm, a sample of the items, a process without rows of its own": {
+        "kind": "crm",
+        "users": 18,
+        "num_sampled_items": 5,
+        "gradient_accumulation_steps": 2,
+    },
     "llm, ragged": {"kind": "llm", "users": 27},
+    "llm, a sample of the items": {"kind": "llm", "users": 27, "num_sampled_items": 5},
 }
 
 

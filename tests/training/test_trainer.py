@@ -267,6 +267,16 @@ def test_best_model_comes_back(make_crm, arguments, splits):
     assert trainer.evaluate()["eval_ndcg@10"] != pytest.approx(values[-1])
 
 
+def test_a_student_may_begin_with_its_teachers_item_vectors(make_crm, make_llm, arguments, splits):
+    args = arguments(learning_rate=0.0, num_train_epochs=1, init_item_vectors=True)
+    trainer = train(make_crm(0), args, splits, teacher=make_llm(1))
+    expected = trainer._teacher_cache.item_vectors(8)
+    assert expected.any()
+    assert torch.equal(trainer.model.item_matrix(), expected)
+    alone = train(make_crm(0), args, splits)
+    assert torch.equal(alone.model.item_matrix(), make_crm(0).item_matrix())
+
+
 def test_early_stopping(make_crm, arguments, splits):
     settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     args = arguments(
