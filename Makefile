@@ -1,10 +1,12 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench docs clean
+.PHONY: help install demo test lint format bench bench-quality docs clean
 
 # Any Python from 3.11: `make install PYTHON=python3.12`. The environment is made on the first call of any target,
 # and again when one of the files that name its packages has changed.
 PYTHON ?= python3
 WORKERS ?= 2
+ROW ?= sasrec
+SEED ?= 0
 ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -13,7 +15,7 @@ INSTALLED := .venv/.installed
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' Makefile
 
 install: $(INSTALLED) ## make .venv with the package in editable form and all that development needs
 	@echo ".venv is ready"
@@ -41,6 +43,9 @@ format: $(INSTALLED) ## mend what lint can mend
 
 bench: $(INSTALLED) ## run the benchmarks that need no other package, one after the other (results in benchmarks/results)
 	for script in loss overhead scaling; do $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
+
+bench-quality: $(INSTALLED) ## one row of the quality tables (ROW=sasrec DATA=folder LLM=folder-or-id SEED=0)
+	$(BIN)/python benchmarks/quality/run.py $(ROW) --data $(DATA) --seed $(SEED) $(if $(LLM),--backbone $(LLM)) $(ARGS)
 
 docs: $(INSTALLED) ## build the documentation into site/ (ARGS="-d FOLDER" for another place)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Train one of the models of `models.yaml`, and those it is built upon, and write what it does on the test set.
+
+    python benchmarks/quality/run.py sasrec_from_llm --data DATA/amazon_beauty --backbone minilm-l6-v2
+
+A model that is there already is taken as it is, and an interrupted one is gone on with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from transformers import set_seed
+from transformers.utils import logging
+
+from llmd4rec_hf import (
+    CRMArguments,
+    CRMTrainer,
+    GRU4RecConfig,
+    GRU4RecModel,
+    LLMRecommender,
+    MutualDistillArguments,
+    MutualDistillTrainer,
+    SASRecConfig,
+    SASRecModel,
+)
+from llmd4rec_hf.data import data_hash, prepare
+from llmd4rec_hf.data.arrow import column_array
+from llmd4rec_hf.evaluation import ranking_metrics
+from llmd4rec_hf.files import whole_folder, write_json
+from llmd4rec_hf.training.checkpoints import last_whole_checkpoint
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import installed_versions, machine  # noqa: E402
+
+
+logger = logging.get_logger("llmd4rec_hf")
+HERE = Path(__file__).parent
+METRIC = "ndcg@10"
+# Of scores, in nats, about that of a trained teacher's.
+TITLE_SPREAD = 2.0
+SPECIFICATION = yaml.safe_load((HERE / "models.yaml").read_text())
+CRMS = {"sasrec": (SASRecConfig, SASRecModel), "gru4rec": (GRU4RecConfig, GRU4RecModel)}
+
+
+@dataclasses.dataclass
+class Study:
+    """One data set and seed, and the folder in which its models are."""
+
+    data: Path
+    backbone: str
+    seed: int
+    folder: Path
+    bf16: bool
+
+    def __post_init__(self):
+        self.prepared = prepare(str(self.data), None)
+        self.sequences, self.vocabulary = self.prepared.sequences, self.prepared.vocabulary
+
+    def settings(self, name: str) -> dict:
+        """A model's own settings over those of its kind."""
+        own = SPECIFICATION["models"][name]
+        kind = SPECIFICATION["kinds"][own["kind"]]
+        of_data = SPECIFICATION.get("datasets", {}).get(self.data.name, {}).get(own["kind"], {})
+        merged = {
+            part: {**kind.get(part, {}), **of_data.get(part, {}), **own.get(part, {})} for part in ("model", "args")
+        }
+        return {**own, **merged}
+
+    def model(self, name: str):
+        """A trained model, trained now if it is not there."""
+        folder = self.folder / name
+        if not (folder / "model").is_dir():
+            self._train(name, folder)
+        model = self._build(name)
+        model.load_weights(folder / "model")
+        return model
+
+    def _build(self, name: str):
+        settings = self.settings(name)
+        set_seed(self.seed)
+        if settings["kind"] == "llm":
+            from peft import LoraConfig
+
+            model = LLMRecommender.from_backbone(
+                self.backbone,
+                len(self.vocabulary),
+                item_texts=self.vocabulary.texts,
+                item_text_cache=self.folder.parent / "item_text",
+                peft_config=LoraConfig(r=16, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"),
+                **settings["model"],
+            )
+        else:
+            config, kind = CRMS[settings["kind"]]
+            model = kind(config(num_items=len(self.vocabulary), **settings["model"]))
+        model.vocabulary = self.vocabulary
+        return model
+
+    def _train(self, name: str, folder: Path) -> None:
+        settings = self.settings(name)
+        sources = {role: self.model(settings[role]) for role in ("from", "vectors", "teacher") if role in settings}
+        model = self._build(name)
+        if "from" in sources:
+            model.load_weights(self.folder / settings["from"] / "model")
+        if "vectors" in sources:
+            model.set_item_vectors(sources["vectors"].item_matrix())
+        if settings.get("titles"):
+            model.set_item_vectors(self._title_vectors(model.config.hidden_size))
+        trainer = self._trainer(model, settings, folder, sources.get("teacher"))
+        started = time.monotonic()
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+        facts = {
+            "seconds": time.monotonic() - started,
+            "epochs": trainer.state.epoch,
+            "validation": trainer.state.best_metric,
+            "history": [entry["eval_" + METRIC] for entry in trainer.state.log_history if "eval_" + METRIC in entry],
+        }
+        write_json(folder / "training.json", facts)
+        with whole_folder(folder / "model") as partial:
+            model.save_pretrained(partial)
+
+    def _title_vectors(self, width: int) -> torch.Tensor:
+        """Principal components of the backbone's title features, of the size that a teacher's item vectors have."""
+        features = self._build("llm").item_text_features[1:].float()
+        left, singular, _ = torch.linalg.svd(features - features.mean(dim=0), full_matrices=False)
+        vectors = left[:, :width] * singular[:width].sqrt()
+        vectors *= TITLE_SPREAD / vectors.square().sum(dim=1).mean().sqrt()
+        return torch.nn.functional.pad(vectors, (0, 0, 1, 0))
+
+    def _trainer(self, model, settings, folder, teacher=None, seen_items="mask"):
+        is_llm = settings["kind"] == "llm"
+        arguments, trainer = (MutualDistillArguments, MutualDistillTrainer) if is_llm else (CRMArguments, CRMTrainer)
+        own = {
+            "seed": self.seed + 1000 * ("from" in settings),
+            "bf16": self.bf16,
+            "use_cpu": not torch.cuda.is_available(),
+            "seen_items": seen_items,
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "logging_strategy": "epoch",
+            "save_total_limit": 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": METRIC,
+            "greater_is_better": True,
+            "restore_callback_states_from_checkpoint": True,
+            "report_to": "none",
+            "disable_tqdm": not sys.stderr.isatty(),
+        }
+        if is_llm:
+            own["refresh_item_vectors"] = False
+        args = arguments(str(folder), **own | settings["args"])
+        return trainer(model, args, self.sequences["train"], self.sequences["validation"], teacher=teacher)
+
+    def test(self, name: str) -> tuple[dict, np.ndarray]:
+        """What a result file says of a model, and its rank per test user, seen items left out."""
+        model, settings = self.model(name), self.settings(name)
+        ranks = {
+            policy: self._trainer(model, settings, self.folder / "test", seen_items=policy)
+            .predict(self.sequences["test"])
+            .predictions
+            for policy in ("mask", "keep")
+        }
+        result = {
+            "model": name,
+            "dataset": self.data.name,
+            "seed": self.seed,
+            "settings": settings,
+            "bf16": self.bf16,
+            "test": {policy: ranking_metrics(values) for policy, values in ranks.items()},
+            "slices": self._slices(ranks["mask"]),
+            "training": json.loads((self.folder / name / "training.json").read_text()),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "data_hash": data_hash(self.sequences["test"]),
+        }
+        return result, ranks["mask"]
+
+    def _slices(self, ranks: np.ndarray) -> dict:
+        """NDCG@10 where the history is short, and where the true item is rare in training."""
+        lengths = column_array(self.sequences["test"], "length") - 1
+        targets = np.array([row[-1] for row in self.sequences["test"]["item_ids"]])
+        train = np.concatenate(self.sequences["train"]["item_ids"])
+        counts = np.bincount(train, minlength=len(self.vocabulary) + 1)[targets]
+        parts = {"short histories": lengths <= np.median(lengths), "rare items": counts <= np.median(counts)}
+        found = {}
+        for part, mask in parts.items():
+            for side, rows in ((part, mask), ("not " + part, ~mask)):
+                found[side] = {"users": int(rows.sum()), METRIC: ranking_metrics(ranks[rows])[METRIC]}
+        return found
+
+
+def main() -> None:
+    """Train what is missing, test, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=SPECIFICATION["models"], metavar="MODEL", help="one of models.yaml")
+    parser.add_argument("--data", type=Path, required=True, help="folder of a data set with titles")
+    parser.add_argument("--backbone", default=None, help="folder or Hub id of the LLM")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="where the models are kept")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    options = parser.parse_args()
+    folder = options.runs / options.data.name / f"seed-{options.seed}"
+    study = Study(options.data, options.backbone, options.seed, folder, options.bf16)
+    result, ranks = study.test(options.name)
+    command = f"python benchmarks/quality/run.py {options.name} --data {options.data.name} --seed {options.seed}"
+    result = {"command": command, "machine": machine(), "versions": installed_versions(), **result}
+    target = HERE / "results" / options.data.name
+    target.mkdir(parents=True, exist_ok=True)
+    write_json(target / f"{options.name}-seed{options.seed}.json", result)
+    np.save(target / f"{options.name}-seed{options.seed}.npy", ranks.astype(np.uint32))
+    test = result["test"]["mask"]
+    what = f"{options.name} {options.data.name} seed {options.seed}"
+    print(f"{what}: HR@10 {test['hr@10']:.4f} NDCG@10 {test[METRIC]:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The table of all results that `run.py` wrote: means over seeds, and what distillation brought each model.
+
+    python benchmarks/quality/table.py > benchmarks/quality/README.md
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+METRIC = "ndcg@10"
+SLICES = ("short histories", "rare items")
+SPECIFICATION = yaml.safe_load((HERE / "models.yaml").read_text())
+
+
+def read_results() -> dict[str, dict[str, list[tuple[dict, np.ndarray]]]]:
+    """Per data set and model, one result and the test users' ranks per seed, in the order of `models.yaml`."""
+    found: dict = {}
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        runs = defaultdict(list)
+        for name in SPECIFICATION["models"]:
+            for path in sorted(folder.glob(f"{name}-seed*.json")):
+                runs[name].append(
+                    (json.loads(path.read_text()), np.load(path.with_suffix(".npy"), allow_pickle=False))
+                )
+        found[folder.name] = dict(runs)
+    return found
+
+
+def per_user(ranks: np.ndarray) -> np.ndarray:
+    """NDCG@10 of each user."""
+    ranks = ranks.astype(np.float64)
+    return (ranks <= 10) / np.log2(ranks + 1)
+
+
+def paired_p(model: list[tuple[dict, np.ndarray]], control: list[tuple[dict, np.ndarray]]) -> float:
+    """
+    Two-sided p of a paired test over users: is the mean difference of NDCG@10, averaged over the seeds that both have,
+    zero? With thousands of users the statistic is normal.
+    """
+    of_control = {result["seed"]: ranks for result, ranks in control}
+    pairs = [(ranks, of_control[result["seed"]]) for result, ranks in model if result["seed"] in of_control]
+    differences = np.mean([per_user(mine) - per_user(theirs) for mine, theirs in pairs], axis=0)
+    deviation = differences.std(ddof=1)
+    if deviation == 0:
+        return 1.0
+    return math.erfc(abs(differences.mean()) / deviation * math.sqrt(len(differences)) / math.sqrt(2))
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+
+
+def _row(name: str, runs: dict) -> str:
+    results = [result for result, _ in runs[name]]
+    tests = [result["test"] for result in results]
+    own = SPECIFICATION["models"][name]
+    control = own.get("control")
+    gain, p = "", ""
+    if control in runs:
+        base = statistics.mean(result["test"]["mask"][METRIC] for result, _ in runs[control])
+        gain = f"{statistics.mean(test['mask'][METRIC] for test in tests) / base - 1:+.1%}"
+        p = f"{paired_p(runs[name], runs[control]):.1g}"
+    slices = [
+        statistics.mean(r["slices"][part][METRIC] for r in results) for part in ("short histories", "rare items")
+    ]
+    minutes = statistics.mean(result["training"]["seconds"] for result in results) / 60
+    cells = [
+        own["title"],
+        str(len(results)),
+        _spread([test["mask"]["hr@10"] for test in tests]),
+        _spread([test["mask"][METRIC] for test in tests]),
+        gain,
+        p,
+        *(f"{value:.4f}" for value in slices),
+        _spread([test["keep"][METRIC] for test in tests]),
+        f"{minutes:.0f}",
+        f"{results[0]['parameters'] / 1e6:.1f} M",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Print all tables."""
+    print((HERE / "introduction.md").read_text().rstrip())
+    heads = ["model", "seeds", "HR@10", "NDCG@10", "gain", "p", "short", "rare", "NDCG@10, seen kept", "min", "size"]
+    for dataset, runs in read_results().items():
+        print(f"\n## {dataset}\n")
+        print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+        for name in runs:
+            print(_row(name, runs))
+
+
+if __name__ == "__main__":
+    main()
