@@ -564,7 +564,7 @@ def test_default_chunk_size():
         ({"temperature": 0}, "temperature must be positive, got 0"),
         ({"temperature": -1.0}, "temperature must be positive"),
         ({"temperature": float("nan")}, "temperature must be positive"),
-        ({"weighting": "ranks"}, "weighting must be one of rank, confidence, none, got 'ranks'"),
+        ({"weighting": "ranks"}, "weighting must be one of rank, confidence, none.*, got 'ranks'"),
         ({"rank_base": 2}, "rank_base must be 0 or 1"),
     ],
 )
