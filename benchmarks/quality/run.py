@@ -108,10 +108,8 @@ class Study:
 
     def _train(self, name: str, folder: Path) -> None:
         settings = self.settings(name)
-        sources = {role: self.model(settings[role]) for role in ("from", "vectors", "teacher") if role in settings}
+        sources = {role: self.model(settings[role]) for role in ("vectors", "teacher") if role in settings}
         model = self._build(name)
-        if "from" in sources:
-            model.load_weights(self.folder / settings["from"] / "model")
         if "vectors" in sources:
             model.set_item_vectors(sources["vectors"].item_matrix())
         if settings.get("titles"):
@@ -141,7 +139,7 @@ class Study:
         is_llm = settings["kind"] == "llm"
         arguments, trainer = (MutualDistillArguments, MutualDistillTrainer) if is_llm else (CRMArguments, CRMTrainer)
         own = {
-            "seed": self.seed + 1000 * ("from" in settings),
+            "seed": self.seed,
             "bf16": self.bf16,
             "use_cpu": not torch.cuda.is_available(),
             "seen_items": seen_items,

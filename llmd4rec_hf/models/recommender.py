@@ -96,14 +96,18 @@ class RecommenderModel(PreTrainedModel):
     @property
     def tied_embedding(self) -> nn.Embedding | None:
         """The embedding whose weights are the item matrix, or `None` if that is made in another way."""
-        item_matrix = self.item_matrix()
-        tied = (part for part in self.modules() if isinstance(part, nn.Embedding) and part.weight is item_matrix)
-        return next(tied, None)
+        return self._embedding_of(self.item_matrix())
+
+    def _embedding_of(self, weight: torch.Tensor) -> nn.Embedding | None:
+        return next(
+            (part for part in self.modules() if isinstance(part, nn.Embedding) and part.weight is weight), None
+        )
 
     def item_rows(self, items: torch.LongTensor) -> torch.Tensor:
         """Rows `(K, d)` of the item matrix. Looked up in an embedding, they can have a sparse gradient."""
-        embedding = self.tied_embedding
-        return self.item_matrix()[items] if embedding is None else embedding(items)
+        item_matrix = self.item_matrix()
+        embedding = self._embedding_of(item_matrix)
+        return item_matrix[items] if embedding is None else embedding(items)
 
     @torch.no_grad()
     def set_item_vectors(self, vectors: torch.Tensor) -> None:

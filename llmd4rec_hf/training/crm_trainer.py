@@ -25,10 +25,9 @@ class CRMTrainer(DistillationTrainer):
     arguments_class = CRMArguments
     settings_class = CRMSettings
 
-    def _prepare_student(self, model) -> None:
-        # Of a new model in `Trainer`'s constructor nothing is known of the teacher yet; `train` comes later.
-        if self._teacher_cache is not None and self.settings.init_item_vectors:
-            model.set_item_vectors(self._teacher_cache.item_vectors(model.item_matrix().shape[1]))
+    def _take_item_vectors(self, model, teacher) -> None:
+        if self.settings.init_item_vectors:
+            model.set_item_vectors(teacher.item_vectors(model.item_matrix().shape[1]))
 
     @property
     def _teacher_max_error(self) -> float:

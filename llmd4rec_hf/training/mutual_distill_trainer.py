@@ -36,7 +36,6 @@ class MutualDistillTrainer(DistillationTrainer):
                 "0, or set refresh_item_vectors=False."
             )
 
-    def _prepare_student(self, model) -> None:
-        # Of a new model in `Trainer`'s constructor nothing is known of the teacher yet; `train` comes later.
-        if self._teacher_items is not None and self.settings.refresh_item_vectors:
-            model.set_item_vectors(self._teacher_items)
+    def _take_item_vectors(self, model, teacher) -> None:
+        if self.settings.refresh_item_vectors:
+            model.set_item_vectors(teacher.item_matrix)

@@ -245,7 +245,13 @@ class DistillationTrainer(Trainer):
         return 0.0
 
     def _prepare_student(self, model: RecommenderModel) -> None:
-        """What a subclass does to a student before it is trained, each time there is a new one."""
+        """What is done to a student before it is trained, each time there is a new one."""
+        # Of a new model in `Trainer`'s constructor nothing is known of the teacher yet; `train` comes later.
+        if self._teacher_cache is not None:
+            self._take_item_vectors(model, self._teacher_cache)
+
+    def _take_item_vectors(self, model: RecommenderModel, teacher: TeacherCache) -> None:
+        """What a subclass's student takes over from its teacher beside the distributions."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy plus weighted KL against the cached teacher, over every position that has a label."""
