@@ -35,12 +35,14 @@ from llmd4rec_hf import (
 )
 from llmd4rec_hf.data import data_hash, prepare
 from llmd4rec_hf.data.arrow import column_array
+from llmd4rec_hf.data.floors import floor_ranks
 from llmd4rec_hf.evaluation import ranking_metrics
 from llmd4rec_hf.files import whole_folder, write_json
 from llmd4rec_hf.training.checkpoints import last_whole_checkpoint
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from baselines import BinaryCrossEntropyTrainer, Ensemble  # noqa: E402
 from common import installed_versions, machine  # noqa: E402
 
 
@@ -70,7 +72,7 @@ class Study:
     def settings(self, name: str) -> dict:
         """A model's own settings over those of its kind."""
         own = SPECIFICATION["models"][name]
-        kind = SPECIFICATION["kinds"][own["kind"]]
+        kind = SPECIFICATION["kinds"].get(own["kind"], {})
         of_data = SPECIFICATION.get("datasets", {}).get(self.data.name, {}).get(own["kind"], {})
         merged = {
             part: {**kind.get(part, {}), **of_data.get(part, {}), **own.get(part, {})} for part in ("model", "args")
@@ -79,7 +81,9 @@ class Study:
 
     def model(self, name: str):
         """A trained model, trained now if it is not there."""
-        folder = self.folder / name
+        folder, settings = self.folder / name, self.settings(name)
+        if settings["kind"] == "ensemble":
+            return Ensemble([self.model(member) for member in settings["of"]])
         if not (folder / "model").is_dir():
             self._train(name, folder)
         model = self._build(name)
@@ -138,6 +142,8 @@ class Study:
     def _trainer(self, model, settings, folder, teacher=None, seen_items="mask"):
         is_llm = settings["kind"] == "llm"
         arguments, trainer = (MutualDistillArguments, MutualDistillTrainer) if is_llm else (CRMArguments, CRMTrainer)
+        if settings.get("loss") == "binary":
+            trainer = BinaryCrossEntropyTrainer
         own = {
             "seed": self.seed,
             "bf16": self.bf16,
@@ -161,13 +167,18 @@ class Study:
 
     def test(self, name: str) -> tuple[dict, np.ndarray]:
         """What a result file says of a model, and its rank per test user, seen items left out."""
-        model, settings = self.model(name), self.settings(name)
-        ranks = {
-            policy: self._trainer(model, settings, self.folder / "test", seen_items=policy)
-            .predict(self.sequences["test"])
-            .predictions
-            for policy in ("mask", "keep")
-        }
+        settings = self.settings(name)
+        training = parameters = None
+        if settings["kind"] == "rule":
+            ranks = {
+                "mask": floor_ranks(self.sequences["train"], self.sequences["test"], len(self.vocabulary))[0][name]
+            }
+        else:
+            model = self.model(name)
+            ranks = {policy: self._model_ranks(model, settings, policy) for policy in ("mask", "keep")}
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+        if (self.folder / name).is_dir():
+            training = json.loads((self.folder / name / "training.json").read_text())
         result = {
             "model": name,
             "dataset": self.data.name,
@@ -176,11 +187,15 @@ class Study:
             "bf16": self.bf16,
             "test": {policy: ranking_metrics(values) for policy, values in ranks.items()},
             "slices": self._slices(ranks["mask"]),
-            "training": json.loads((self.folder / name / "training.json").read_text()),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "training": training,
+            "parameters": parameters,
             "data_hash": data_hash(self.sequences["test"]),
         }
         return result, ranks["mask"]
+
+    def _model_ranks(self, model, settings: dict, seen_items: str) -> np.ndarray:
+        trainer = self._trainer(model, settings, self.folder / "test", seen_items=seen_items)
+        return trainer.predict(self.sequences["test"]).predictions
 
     def _slices(self, ranks: np.ndarray) -> dict:
         """NDCG@10 where the history is short, and where the true item is rare in training."""

@@ -27,7 +27,7 @@ SPECIFICATION = yaml.safe_load((HERE / "models.yaml").read_text())
 def read_results() -> dict[str, dict[str, list[tuple[dict, np.ndarray]]]]:
     """Per data set and model, one result and the test users' ranks per seed, in the order of `models.yaml`."""
     found: dict = {}
-    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+    for folder in sorted(path for path in RESULTS.glob("*") if path.is_dir()):
         runs = defaultdict(list)
         for name in SPECIFICATION["models"]:
             for path in sorted(folder.glob(f"{name}-seed*.json")):
@@ -76,7 +76,8 @@ def _row(name: str, runs: dict) -> str:
     slices = [
         statistics.mean(r["slices"][part][METRIC] for r in results) for part in ("short histories", "rare items")
     ]
-    minutes = statistics.mean(result["training"]["seconds"] for result in results) / 60
+    seconds = [result["training"]["seconds"] for result in results if result["training"]]
+    kept = [test["keep"][METRIC] for test in tests if "keep" in test]
     cells = [
         own["title"],
         str(len(results)),
@@ -85,9 +86,9 @@ def _row(name: str, runs: dict) -> str:
         gain,
         p,
         *(f"{value:.4f}" for value in slices),
-        _spread([test["keep"][METRIC] for test in tests]),
-        f"{minutes:.0f}",
-        f"{results[0]['parameters'] / 1e6:.1f} M",
+        _spread(kept) if kept else "",
+        f"{statistics.mean(seconds) / 60:.0f}" if seconds else "",
+        f"{results[0]['parameters'] / 1e6:.1f} M" if results[0]["parameters"] else "",
     ]
     return "| " + " | ".join(cells) + " |"
 

@@ -48,6 +48,24 @@ def floors(train: datasets.Dataset, test: datasets.Dataset, num_items: int, seed
         `dict`: `popularity` and `item_knn`, each with `hr@10` and `ndcg@10`, and `fitted_interactions`,
         `ranked_targets`.
     """
+    ranks, fitted_interactions = floor_ranks(train, test, num_items, seed)
+    found = {}
+    for name, values in ranks.items():
+        metrics = ranking_metrics(values, ks=(10,))
+        found[name] = {key: metrics[key] for key in ("hr@10", "ndcg@10")}
+    return {**found, "fitted_interactions": fitted_interactions, "ranked_targets": len(ranks["popularity"])}
+
+
+def floor_ranks(
+    train: datasets.Dataset, test: datasets.Dataset, num_items: int, seed: int = 0
+) -> tuple[dict[str, np.ndarray], int]:
+    """
+    The ranks that [`floors`] counts, which says what they are of.
+
+    Returns:
+        `tuple`: `popularity` and `item_knn`, each of shape `(targets,)` in the order of the rows, 1 is best; and how
+        many interactions the neighbours were found in.
+    """
     rng = np.random.default_rng(seed)
     values, lengths = row_items(train)
     popularity = np.bincount(values, minlength=num_items + 1).astype(np.float32)
@@ -56,11 +74,7 @@ def floors(train: datasets.Dataset, test: datasets.Dataset, num_items: int, seed
     rows, row_lengths = row_items(test)
     rows, row_lengths = _affordable(rows, row_lengths, neighbours[0], rng)
     ranks = _ranks(rows, row_lengths, neighbours, popularity)
-    found = {}
-    for name, values_of in zip(("popularity", "item_knn"), ranks, strict=True):
-        metrics = ranking_metrics(values_of, ks=(10,))
-        found[name] = {key: metrics[key] for key in ("hr@10", "ndcg@10")}
-    return {**found, "fitted_interactions": len(values), "ranked_targets": len(row_lengths)}
+    return dict(zip(("popularity", "item_knn"), ranks, strict=True)), len(values)
 
 
 def row_items(dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:

@@ -132,7 +132,8 @@ class ItemVocabulary:
             item_ids (`Sequence`, `numpy.ndarray`, `pyarrow.Array` or `pyarrow.ChunkedArray`):
                 External ids; `12` and `"12"` name the same item.
             unknown (`str`, *optional*, defaults to `"raise"`):
-                `"ignore"` leaves unknown ids out, so that the result may be shorter.
+                `"ignore"` leaves unknown ids out, so that the result may be shorter; `"zero"` has 0, which is padding,
+                in their places.
 
         Returns:
             `numpy.ndarray`: `int64` of shape (number of ids,), values in 1..N.
@@ -140,14 +141,14 @@ class ItemVocabulary:
         Raises:
             `DataError`: An id is unknown; the message names it.
         """
-        if unknown not in ("raise", "ignore"):
-            raise DataError(f"unknown={unknown!r}; choose 'raise' or 'ignore'")
+        if unknown not in ("raise", "ignore", "zero"):
+            raise DataError(f"unknown={unknown!r}; choose 'raise', 'ignore' or 'zero'")
         if len(item_ids) == 0:
             return np.empty(0, np.int64)
         theirs, ours = same_type(id_array(item_ids, "encode")[0], self._ids)
         index = pc.fill_null(pc.index_in(theirs, value_set=ours), -1).to_numpy().astype(np.int64) + 1
         missing = index == 0
-        if not missing.any():
+        if unknown == "zero" or not missing.any():
             return index
         if unknown == "ignore":
             return index[~missing]

@@ -275,12 +275,12 @@ class RecommenderModel(PreTrainedModel):
             raise ConfigurationError(f"k must be at least 1, got {k}.")
 
     def _encode_histories(self, histories: list[list], on_unknown: str) -> list[np.ndarray]:
-        if on_unknown == "ignore":
-            return [self.vocabulary.encode(history, unknown=on_unknown) for history in histories]
         # All at once, because the vocabulary's index is built anew for every call.
-        flat = self.vocabulary.encode([item for history in histories for item in history], unknown=on_unknown)
+        unknown = "zero" if on_unknown == "ignore" else on_unknown
+        flat = self.vocabulary.encode([item for history in histories for item in history], unknown=unknown)
         ends = np.cumsum([len(history) for history in histories], dtype=np.int64)
-        return [flat[end - len(history) : end] for history, end in zip(histories, ends, strict=True)]
+        encoded = (flat[end - len(history) : end] for history, end in zip(histories, ends, strict=True))
+        return [history[history > 0] for history in encoded]
 
     def _candidate_mask(self, candidates, on_unknown) -> torch.Tensor:
         allowed = torch.zeros(self.config.num_items + 1, dtype=torch.bool, device=self.device)

@@ -53,7 +53,8 @@ class TestMap:
         with pytest.raises(DataError, match="2 of 3 item ids are not in the vocabulary, first 'x'"):
             vocabulary.encode(["a", "x", "y"])
         assert vocabulary.encode(["x", "b", "y"], unknown="ignore").tolist() == [3]
-        with pytest.raises(DataError, match="choose 'raise' or 'ignore'"):
+        assert vocabulary.encode(["x", "b", "y"], unknown="zero").tolist() == [0, 3, 0]
+        with pytest.raises(DataError, match="choose 'raise', 'ignore' or 'zero'"):
             vocabulary.encode(["a"], unknown="skip")
 
     @pytest.mark.parametrize(("ids", "wrong"), [([0, 1], "0"), ([1, 4], "4"), ([[-1]], "-1")])
