@@ -146,7 +146,9 @@ def main() -> None:
     }
     setting |= {"lora": options.lora, "bf16": options.bf16}
     result = {"dataset": load(options.dataset)[0], "setting": setting, "ratios": found, "variants": results}
-    write_result(f"llm_training_{Path(options.llm).name}" if options.llm else "llm_training", result)
+    backbone = f"_{Path(options.llm).name}" if options.llm else ""
+    prompt = f"_{options.prompt}_prompt" if options.prompt != "default" else ""
+    write_result(f"llm_training{backbone}{prompt}", result)
 
 
 if __name__ == "__main__":
