@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .data import ItemVocabulary, SequenceCollator, load_interactions, split_by_time, split_leave_one_out
-from .distillation import TeacherCache, distillation_loss, rank_weights
+from .distillation import ListedScores, ListedTeacherCache, TeacherCache, distillation_loss, rank_weights
 from .evaluation import ranking_metrics, target_ranks
 from .models import (
     GRU4RecConfig,
@@ -35,6 +35,8 @@ __all__ = [
     "ItemVocabulary",
     "LLMRecommender",
     "LLMRecommenderConfig",
+    "ListedScores",
+    "ListedTeacherCache",
     "MutualDistillArguments",
     "MutualDistillTrainer",
     "MutualDistillation",

@@ -9,7 +9,7 @@ class LLMD4RecError(Exception):
 
 
 class DataError(LLMD4RecError, ValueError):
-    """The interaction log, the catalogue or a batch is not what it should be."""
+    """The interaction log, the catalogue, a batch or a black box's answer is not what it should be."""
 
 
 class ConfigurationError(LLMD4RecError, ValueError):

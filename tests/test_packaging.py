@@ -23,6 +23,8 @@ PUBLIC_NAMES = [
     "ItemVocabulary",
     "LLMRecommender",
     "LLMRecommenderConfig",
+    "ListedScores",
+    "ListedTeacherCache",
     "MutualDistillArguments",
     "MutualDistillTrainer",
     "MutualDistillation",

@@ -48,7 +48,7 @@ from llmd4rec_hf import (
     mutual_distillation,
     split_leave_one_out,
 )
-from llmd4rec_hf.distillation import teacher_cache
+from llmd4rec_hf.distillation import stored_teacher
 from llmd4rec_hf.errors import CacheError, RunInterrupted
 from llmd4rec_hf.models import build_tiny_llm
 from llmd4rec_hf.models.recommender import supervised
@@ -264,7 +264,7 @@ def _events() -> dict:
         "evaluation": _on_call(DistillationTrainer, "prediction_step", matches=in_phase),
         "rename": _on_call(os, "replace", matches=_path_matches(1)),
         "removal": _on_call(shutil, "rmtree", matches=_path_matches(0)),
-        "cache": _on_call(teacher_cache, "_fill_shard"),
+        "cache": _on_call(stored_teacher, "_fill_shard"),
         "model": _on_call(RecommenderModel, "save_companions", matches=_path_matches(1)),
         "torn torch.save": _torn_torch_save,
         "torn trainer state": _torn_trainer_state,
@@ -329,14 +329,14 @@ def stop_on_rank(folder: str, rank: int, **settings) -> None:
 
 def fail_on_rank(folder: str, rank: int) -> None:
     """A teacher cache, one process of which cannot write."""
-    write_shards = teacher_cache._write_shards
+    write_shards = stored_teacher._write_shards
 
     def fail(*args):
         if PartialState().process_index == rank:
             raise CacheError(f"the disk of rank {rank} is full")
         return write_shards(*args)
 
-    teacher_cache._write_shards = fail
+    stored_teacher._write_shards = fail
     PartialState(cpu=True)
     TeacherCache.build(make_crm(), world()[0]["train"], Path(folder, "cache"))
 

@@ -20,6 +20,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigurationError
+from .listed_scores import ListedScores
 from .weighting import WEIGHTINGS, TargetOutcome, rank_weights
 
 
@@ -97,6 +98,7 @@ def distillation_loss(
     teacher_hidden: torch.Tensor | None = None,
     teacher_item_matrix: torch.Tensor | None = None,
     *,
+    teacher_lists: ListedScores | None = None,
     temperature: float = 1.0,
     kl_weight: float = 1.0,
     weighting: str = "rank",
@@ -128,6 +130,8 @@ def distillation_loss(
             The teacher's hidden states at the same positions. Without a teacher the loss is plain cross-entropy.
         teacher_item_matrix (`torch.Tensor` of shape `(N + 1, d_t)`, *optional*):
             The teacher's item matrix over the same catalogue.
+        teacher_lists ([`ListedScores`] of P lists, *optional*):
+            In place of both, the best items of a teacher that has neither, with their log-probabilities in nats.
         temperature (`float`, *optional*, defaults to 1.0):
             Both distributions are softened by it in the KL term. Must be positive.
         kl_weight (`float`, *optional*, defaults to 1.0):
@@ -157,14 +161,16 @@ def distillation_loss(
     """
     check_options(temperature, weighting, rank_base)
     _check_shapes(hidden, item_matrix, labels, teacher_hidden, teacher_item_matrix)
+    check_lists(teacher_lists, len(labels), item_matrix.shape[0] - 1, teacher_hidden)
+    teacher = teacher_hidden if teacher_lists is None else teacher_lists
     keep = labels != IGNORE_INDEX
     kept = labels[keep]
     check_labels(kept, item_matrix.shape[0] - 1, f" (or {IGNORE_INDEX} to ignore a position)")
     if kept.numel() < labels.numel():
         hidden = hidden[keep]
-        teacher_hidden = None if teacher_hidden is None else teacher_hidden[keep]
+        teacher = None if teacher is None else teacher[keep]
     settings = LossSettings(
-        temperature=1.0 if teacher_hidden is None else float(temperature),
+        temperature=1.0 if teacher is None else float(temperature),
         kl_weight=float(kl_weight),
         weighting=weighting,
         rank_base=rank_base,
@@ -174,15 +180,11 @@ def distillation_loss(
     )
     divisor = max(kept.numel(), 1) if num_items_in_batch is None else num_items_in_batch
     walk = functools.partial(
-        _Walk,
-        labels=kept,
-        teacher_hidden=teacher_hidden,
-        teacher_item_matrix=teacher_item_matrix,
-        settings=settings,
+        _Walk, labels=kept, teacher=teacher, teacher_item_matrix=teacher_item_matrix, settings=settings
     )
     result = loss_of_walk(walk, hidden, item_matrix, divisor, settings.kl_weight)
     result.student_ranks = _spread(result.student_ranks, keep)
-    result.teacher_ranks = None if teacher_hidden is None else _spread(result.teacher_ranks, keep)
+    result.teacher_ranks = None if teacher is None else _spread(result.teacher_ranks, keep)
     return result
 
 
@@ -265,14 +267,18 @@ class _Walk:
         gradients (`tuple` of two `torch.FloatTensor`, *optional*): of the summed loss for hidden states and items.
     """
 
-    def __init__(self, hidden, item_matrix, need_gradients, *, labels, teacher_hidden, teacher_item_matrix, settings):
+    def __init__(self, hidden, item_matrix, need_gradients, *, labels, teacher, teacher_item_matrix, settings):
         positions, num_items = hidden.shape[0], item_matrix.shape[0] - 1
         self.settings, self.labels = settings, labels
         self.chunk_rows = max(1, min(settings.chunk_size, positions))
         self.slice_rows = min(self.chunk_rows, default_slice_size(num_items, hidden.device))
         sizes = settings.matmul_dtype, self.chunk_rows, self.slice_rows
         self.student = _Side(hidden, item_matrix, *sizes)
-        self.teacher = None if teacher_hidden is None else _Side(teacher_hidden, teacher_item_matrix, *sizes)
+        self.teacher = None
+        if isinstance(teacher, ListedScores):
+            self.teacher = _ListedSide(teacher, num_items, self.slice_rows)
+        elif teacher is not None:
+            self.teacher = _Side(teacher, teacher_item_matrix, *sizes)
         empty = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
         self.buffer = empty(self.slice_rows, num_items)
         self.ranks = [labels.new_zeros(positions) for _ in range(2)]
@@ -405,6 +411,21 @@ class _Side:
         return max(1, size // (4 * width)) if self.items.device.type == "cpu" else num_items
 
 
+class _ListedSide:
+    """A teacher that is known by its lists: what the walk asks of a [`_Side`] that gets no gradient."""
+
+    def __init__(self, lists: ListedScores, num_items: int, slice_rows: int):
+        self.lists, self.num_items = lists, num_items
+        self.buffer = lists.log_probs.new_empty(slice_rows, num_items + 1, dtype=torch.float32)
+
+    def multiply(self, chunk: slice, labels: torch.Tensor) -> None:
+        """Nothing: no product leads to its scores."""
+
+    def scores(self, part: slice) -> torch.Tensor:
+        """Scores of a slice in float32, to be written over."""
+        return self.lists[part].dense(self.num_items, out=self.buffer[: part.stop - part.start])
+
+
 @dataclass
 class _Exponents:
     """
@@ -468,6 +489,21 @@ def check_labels(labels: torch.Tensor, num_items: int, or_else: str = "") -> Non
     if labels.numel() and not (1 <= int(labels.min()) and int(labels.max()) <= num_items):
         raise ConfigurationError(
             f"labels must be in 1..{num_items}{or_else}, got {int(labels.min())}..{int(labels.max())}."
+        )
+
+
+def check_lists(lists: ListedScores | None, positions: int, num_items: int, teacher_hidden) -> None:
+    """Raise for a teacher's lists that are of other positions or items, or one teacher too many."""
+    if lists is None:
+        return
+    if teacher_hidden is not None:
+        raise ConfigurationError("teacher_lists take the place of a teacher's hidden states and items: leave those.")
+    if len(lists) != positions:
+        raise ConfigurationError(f"teacher_lists must be {positions}, one per position, got {len(lists)}.")
+    if lists.ids.numel() and not (0 <= int(lists.ids.min()) and int(lists.ids.max()) <= num_items):
+        raise ConfigurationError(
+            f"The teacher lists items {int(lists.ids.min())}..{int(lists.ids.max())} and the student scores 1.."
+            f"{num_items}: both must be built over the same item vocabulary."
         )
 
 

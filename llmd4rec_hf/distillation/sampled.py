@@ -16,21 +16,19 @@ import numpy as np
 import torch
 
 from ..errors import ConfigurationError
+from .listed_scores import LOG_ZERO, ListedScores
 from .loss import (
     DistillationLoss,
     LossSettings,
     autocast_dtype,
     check_labels,
+    check_lists,
     check_options,
     default_slice_size,
     loss_of_walk,
     sample_weights,
 )
 from .weighting import TargetOutcome
-
-
-# The logarithm of the weight 0. Not minus infinity, because the difference of two of them has to be 0.
-_LOG_ZERO = -1e30
 
 
 def draw_negatives(num_items: int, size: int, seed: int | Sequence[int]) -> torch.LongTensor:
@@ -63,6 +61,7 @@ def sampled_distillation_loss(
     *,
     negatives: torch.Tensor,
     num_items: int,
+    teacher_lists: ListedScores | None = None,
     temperature: float = 1.0,
     kl_weight: float = 1.0,
     weighting: str = "rank",
@@ -102,6 +101,9 @@ def sampled_distillation_loss(
             Different items out of 1..N, as [`draw_negatives`] gives them.
         num_items (`int`):
             Number of items N of the catalogue.
+        teacher_lists ([`ListedScores`] of P lists, *optional*):
+            In place of the teacher's hidden states and item vectors. The fewer of the listed items a sample holds, the
+            less of what the teacher says reaches the student in a step.
         temperature, kl_weight, weighting, rank_base, scale_by_temperature_squared, num_items_in_batch:
             As in [`distillation_loss`].
         chunk_size (`int`, *optional*):
@@ -120,8 +122,10 @@ def sampled_distillation_loss(
     check_options(temperature, weighting, rank_base)
     _check_shapes(hidden, item_vectors, labels, teacher_hidden, teacher_item_vectors, negatives)
     check_labels(labels, num_items)
+    check_lists(teacher_lists, len(labels), num_items, teacher_hidden)
+    teacher = teacher_lists if teacher_hidden is None else (teacher_hidden, teacher_item_vectors)
     settings = LossSettings(
-        temperature=1.0 if teacher_hidden is None else float(temperature),
+        temperature=1.0 if teacher is None else float(temperature),
         kl_weight=float(kl_weight),
         weighting=weighting,
         rank_base=rank_base,
@@ -130,7 +134,6 @@ def sampled_distillation_loss(
         matmul_dtype=autocast_dtype(hidden.device.type),
     )
     divisor = max(labels.numel(), 1) if num_items_in_batch is None else num_items_in_batch
-    teacher = None if teacher_hidden is None else (teacher_hidden, teacher_item_vectors)
     walk = functools.partial(
         _SampledWalk, labels=labels, negatives=negatives, num_items=num_items, teacher=teacher, settings=settings
     )
@@ -147,7 +150,11 @@ class _SampledWalk:
         self.labels, self.negatives, self.num_items, self.settings = labels, negatives, num_items, settings
         sizes = len(negatives), settings.matmul_dtype
         self.student = _Side(hidden, item_vectors, *sizes)
-        self.teacher = None if teacher is None else _Side(*teacher, *sizes)
+        self.teacher = None
+        if isinstance(teacher, ListedScores):
+            self.teacher = _ListedSide(teacher, labels, negatives, num_items)
+        elif teacher is not None:
+            self.teacher = _Side(*teacher, *sizes)
         self.ranks = [torch.zeros_like(labels) for _ in range(2)]
         self.cross_entropy, self.kl, self.weights, self.agreement = hidden.new_zeros(
             4, len(labels), dtype=torch.float32
@@ -165,7 +172,7 @@ class _SampledWalk:
         others = (len(self.negatives) - hits.sum(dim=1)).clamp_min(1)
         stands_for = (self.num_items - 1) / others
         log_weights = torch.zeros(hits.shape[0], hits.shape[1] + 1, device=hits.device)
-        log_weights[:, 1:] = stands_for.log()[:, None].masked_fill(hits, _LOG_ZERO)
+        log_weights[:, 1:] = stands_for.log()[:, None].masked_fill(hits, LOG_ZERO)
         scores = self.student.scores(part)
         self.ranks[0][part] = _ranks(scores, hits, stands_for)
         log_probs = (scores + log_weights).log_softmax(dim=1)
@@ -216,6 +223,19 @@ class _Side:
         grad_hidden[part] = own * self.targets[part] + others @ self.negatives
         grad_vectors[:size] += others.T @ self.hidden[part].to(dtype)
         grad_vectors[size:][part] = own * self.hidden[part]
+
+
+class _ListedSide:
+    """A teacher that is known by its lists: what the walk asks of a [`_Side`] that gets no gradient."""
+
+    def __init__(self, lists: ListedScores, labels: torch.Tensor, negatives: torch.Tensor, num_items: int):
+        self.lists, self.labels, self.negatives, self.num_items = lists, labels, negatives, num_items
+
+    def scores(self, part: slice) -> torch.Tensor:
+        """Scores of shape `(rows, 1 + k)` in float32: of the true items, then of the negatives."""
+        own = self.labels[part, None]
+        items = torch.cat([own, self.negatives.expand(len(own), -1)], dim=1)
+        return self.lists[part].at(items, self.num_items)
 
 
 def _ranks(scores: torch.Tensor, hits: torch.Tensor, stands_for: torch.Tensor) -> torch.Tensor:

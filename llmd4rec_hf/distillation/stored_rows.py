@@ -41,5 +41,6 @@ def unpack(rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor
     """Hidden states of shape `(P, width)`, float32, on `device`."""
     if "hidden" in rows.dtype.names:
         return torch.from_numpy(rows["hidden"]).to(device)
-    scale = torch.from_numpy(np.ascontiguousarray(rows["scale"])).to(device)
+    # A copy, because a single row counts as contiguous with strides that torch does not take.
+    scale = torch.from_numpy(rows["scale"].copy()).to(device)
     return torch.from_numpy(rows["codes"]).to(device).float().mul_(scale[:, None])

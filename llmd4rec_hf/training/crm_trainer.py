@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from ..distillation import ListedTeacherCache
+from ..errors import ConfigurationError
 from .arguments import CRMArguments, CRMSettings
 from .trainer import DistillationTrainer
 
@@ -24,6 +26,11 @@ class CRMTrainer(DistillationTrainer):
 
     arguments_class = CRMArguments
     settings_class = CRMSettings
+
+    def _check_teacher(self, teacher) -> None:
+        super()._check_teacher(teacher)
+        if self.settings.init_item_vectors and isinstance(teacher, ListedTeacherCache):
+            raise ConfigurationError(f"{teacher!r} has no item vectors to begin with: set init_item_vectors=False.")
 
     def _take_item_vectors(self, model, teacher) -> None:
         if self.settings.init_item_vectors:

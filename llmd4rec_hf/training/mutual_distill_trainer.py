@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ..distillation import TeacherCache
+from ..distillation import ListedTeacherCache, TeacherCache
 from ..errors import ConfigurationError
 from .arguments import MutualDistillArguments, MutualDistillSettings
 from .trainer import DistillationTrainer
@@ -30,7 +30,11 @@ class MutualDistillTrainer(DistillationTrainer):
 
     def _check_teacher(self, teacher) -> None:
         super()._check_teacher(teacher)
-        if self.settings.refresh_item_vectors and isinstance(teacher, TeacherCache) and teacher.is_reduced:
+        if not self.settings.refresh_item_vectors:
+            return
+        if isinstance(teacher, ListedTeacherCache):
+            raise ConfigurationError(f"{teacher!r} has no item vectors to inject: set refresh_item_vectors=False.")
+        if isinstance(teacher, TeacherCache) and teacher.is_reduced:
             raise ConfigurationError(
                 f"{teacher.directory} holds a narrowed teacher, without its own item vectors: build it with max_error "
                 "0, or set refresh_item_vectors=False."

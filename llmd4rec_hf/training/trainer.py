@@ -17,7 +17,15 @@ from transformers.trainer_utils import HubStrategy, PredictionOutput, rotate_che
 
 from ..data import RankingCollator, SequenceCollator
 from ..data.arrow import column_array
-from ..distillation import TeacherCache, distillation_loss, draw_negatives, sampled_distillation_loss
+from ..distillation import (
+    ListedScores,
+    ListedTeacherCache,
+    TeacherCache,
+    distillation_loss,
+    draw_negatives,
+    sampled_distillation_loss,
+)
+from ..distillation.stored_teacher import StoredTeacher
 from ..errors import ConfigurationError
 from ..evaluation import ranking_metrics, score_targets
 from ..files import write_manifest
@@ -60,8 +68,9 @@ class DistillationTrainer(Trainer):
             holds the settings of distillation, and the default.
         train_dataset ([`~datasets.Dataset`], *optional*): rows as [`split_leave_one_out`] makes them.
         eval_dataset ([`~datasets.Dataset`], *optional*): likewise.
-        teacher ([`RecommenderModel`] or [`TeacherCache`], *optional*): a model is run once over the training set, into
-            `args.output_dir/_teacher_cache`, when training begins. Without a teacher this trains the model alone.
+        teacher ([`RecommenderModel`], [`TeacherCache`] or [`ListedTeacherCache`], *optional*): a model is run once
+            over the training set, into `args.output_dir/_teacher_cache`, when training begins. Without a teacher this
+            trains the model alone.
         kwargs: further arguments of [`~transformers.Trainer`], e.g. `model_init`, which is called at every `train()`.
 
     Raises:
@@ -80,7 +89,7 @@ class DistillationTrainer(Trainer):
         args: TrainingArguments | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        teacher: RecommenderModel | TeacherCache | None = None,
+        teacher: RecommenderModel | TeacherCache | ListedTeacherCache | None = None,
         **kwargs,
     ):
         if model is not None:
@@ -89,7 +98,7 @@ class DistillationTrainer(Trainer):
         self.settings = self.settings_class.of(args)
         # Before `Trainer`'s own constructor, which may call `model_init`.
         self.teacher = teacher
-        self._teacher_cache: TeacherCache | None = None
+        self._teacher_cache: StoredTeacher | None = None
         self._teacher_items: torch.Tensor | None = None
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._loss_chunks = LossChunks(self.settings.loss_chunk_size)
@@ -122,7 +131,7 @@ class DistillationTrainer(Trainer):
         return model
 
     def _check_teacher(self, teacher) -> None:
-        is_cache = isinstance(teacher, TeacherCache)
+        is_cache = isinstance(teacher, StoredTeacher)
         num_items = teacher.manifest["num_items"] if is_cache else teacher.config.num_items
         if num_items != self.model.config.num_items:
             raise ConfigurationError(
@@ -226,7 +235,7 @@ class DistillationTrainer(Trainer):
         if self.teacher is None:
             return
         cache = self.teacher
-        if isinstance(cache, TeacherCache):
+        if isinstance(cache, StoredTeacher):
             cache.check(num_items=self.model.config.num_items, dataset=self.train_dataset)
         else:
             cache = TeacherCache.for_teacher(
@@ -237,7 +246,7 @@ class DistillationTrainer(Trainer):
                 max_error=self._teacher_max_error,
             )
         self._teacher_cache = cache
-        self._teacher_items = cache.item_matrix.to(self.args.device)
+        self._teacher_items = None if cache.item_matrix is None else cache.item_matrix.to(self.args.device)
 
     @property
     def _teacher_max_error(self) -> float:
@@ -250,12 +259,15 @@ class DistillationTrainer(Trainer):
         if self._teacher_cache is not None:
             self._take_item_vectors(model, self._teacher_cache)
 
-    def _take_item_vectors(self, model: RecommenderModel, teacher: TeacherCache) -> None:
+    def _take_item_vectors(self, model: RecommenderModel, teacher: StoredTeacher) -> None:
         """What a subclass's student takes over from its teacher beside the distributions."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy plus weighted KL against the cached teacher, over every position that has a label."""
         items, loss_function, teacher_items = self._items_of_step(inputs["labels"])
+        teacher = self._teacher_output(inputs)
+        if isinstance(teacher, ListedScores):
+            loss_function, teacher = partial(loss_function, teacher_lists=teacher), None
         outputs = model(inputs["item_ids"], _attention_mask(inputs), items=items)
         hidden, item_matrix, labels = supervised(outputs.hidden, inputs["labels"], outputs.item_matrix)
         divisor = self._loss_divisor(labels, num_items_in_batch)
@@ -264,7 +276,7 @@ class DistillationTrainer(Trainer):
             hidden,
             item_matrix,
             labels,
-            self._teacher_hidden(inputs),
+            teacher,
             teacher_items,
             temperature=self.settings.temperature,
             kl_weight=self.settings.kl_weight,
@@ -282,7 +294,7 @@ class DistillationTrainer(Trainer):
         outputs.loss = loss
         return (loss, outputs) if return_outputs else loss
 
-    def _teacher_hidden(self, inputs) -> torch.Tensor | None:
+    def _teacher_output(self, inputs) -> torch.Tensor | ListedScores | None:
         if self._teacher_cache is None:
             return None
         if "row_id" not in inputs:

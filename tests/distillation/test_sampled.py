@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from llmd4rec_hf.distillation import (
     DistillationLoss,
+    ListedScores,
     distillation_loss,
     draw_negatives,
     rank_weights,
@@ -253,3 +254,75 @@ def test_errors(changes, message):
     sampled_distillation_loss(**arguments)
     with pytest.raises(ConfigurationError, match=message):
         sampled_distillation_loss(**arguments | changes)
+
+
+# --- teachers that list their best items -----------------------------------------------------------------------------
+
+
+def with_lists(given, size):
+    """The teacher's best items, and the problem with the distribution that they stand for in place of its own."""
+    *student, teacher_hidden, teacher_items = given
+    best = (teacher_hidden @ teacher_items[1:].T).log_softmax(dim=1).topk(size, dim=1)
+    lists = ListedScores(best.indices + 1, best.values.float())
+    return lists, (*student, lists.dense(N).double(), torch.cat([torch.zeros(1, N), torch.eye(N)]).double())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("size", [1, 5, N])
+@pytest.mark.parametrize("chunk_size", [4, None])
+def test_lists_are_the_distribution_they_stand_for(size, temperature, chunk_size):
+    lists, given = with_lists(problem(seed=8), size)
+    hidden, items, labels = given[:3]
+    hidden, items = (tensor.float().requires_grad_() for tensor in (hidden, items))
+    negatives = draw_negatives(N, 8, seed=1)
+    options = {"temperature": temperature, "kl_weight": 0.7}
+    actual = sampled_distillation_loss(
+        hidden,
+        items[torch.cat([negatives, labels])],
+        labels,
+        negatives=negatives,
+        num_items=N,
+        teacher_lists=lists,
+        chunk_size=chunk_size,
+        **options,
+    )
+    expected, _, gradients = by_definition(given, negatives, **options)
+    actual_gradients = torch.autograd.grad(actual.loss, (hidden, items))
+    assert_same(actual, actual_gradients, expected, gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_lists_and_a_sample_of_all_items_give_the_full_loss():
+    lists, (hidden, items, labels, *_) = with_lists(problem(seed=9), 4)
+    hidden, items, negatives = hidden.float(), items.float(), torch.arange(N) + 1
+    rows = items[torch.cat([negatives, labels])]
+    options = {"teacher_lists": lists, "temperature": 2.0}
+    actual = sampled_distillation_loss(hidden, rows, labels, negatives=negatives, num_items=N, **options)
+    expected = distillation_loss(hidden, items, labels, **options)
+    torch.testing.assert_close(actual.loss, expected.loss)
+    torch.testing.assert_close(actual.kl, expected.kl)
+    assert torch.equal(actual.teacher_ranks, expected.teacher_ranks)
+
+
+@pytest.mark.parametrize(
+    ("lists", "changes", "message"),
+    [
+        (ListedScores(torch.ones(1, 2).long(), torch.zeros(1, 2)), {}, "must be 2, one per position, got 1"),
+        (ListedScores(torch.full((2, 1), N + 1), torch.zeros(2, 1)), {}, f"lists items {N + 1}"),
+        (
+            ListedScores(torch.ones(2, 1).long(), torch.zeros(2, 1)),
+            {"teacher_hidden": torch.ones(2, 3), "teacher_item_vectors": torch.ones(3, 3)},
+            "take the place of",
+        ),
+    ],
+)
+def test_errors_of_lists(lists, changes, message):
+    with pytest.raises(ConfigurationError, match=message):
+        sampled_distillation_loss(
+            torch.ones(2, 4),
+            torch.ones(3, 4),
+            torch.tensor([1, 2]),
+            negatives=torch.tensor([3]),
+            num_items=N,
+            teacher_lists=lists,
+            **changes,
+        )

@@ -56,6 +56,13 @@ def test_no_rows(width):
     assert unpack(rows).shape == (0, width)
 
 
+@pytest.mark.parametrize("width", [3, 130, 131])
+def test_one_row(width):
+    """Of an odd width its records are not aligned, and a single one counts as contiguous all the same."""
+    hidden = torch.randn(2, width)
+    assert torch.equal(unpack(pack(hidden)[[1]]), unpack(pack(hidden))[1:])
+
+
 def test_rows_survive_a_file_without_pickle(tmp_path):
     hidden = torch.randn(4, 131)
     np.save(tmp_path / "rows.npy", pack(hidden), allow_pickle=False)

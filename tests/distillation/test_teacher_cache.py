@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from llmd4rec_hf import processes as processes_module
 from llmd4rec_hf.data import SequenceCollator
-from llmd4rec_hf.distillation import TeacherCache, distillation_loss, teacher_cache
+from llmd4rec_hf.distillation import TeacherCache, distillation_loss, stored_teacher, teacher_cache
 from llmd4rec_hf.distillation.low_rank import LowRankTeacher
 from llmd4rec_hf.errors import CacheError, ConfigurationError
 from llmd4rec_hf.models import GRU4RecConfig, GRU4RecModel, SASRecConfig, SASRecModel
@@ -310,7 +310,7 @@ def test_a_file_with_python_objects_is_refused(cache):
     """Even with a manifest that vouches for it: a cache may come from elsewhere, and unpickling runs code."""
     path = cache.directory / "offsets.npy"
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    cache.manifest["files"]["offsets.npy"] = teacher_cache.file_facts(path)
+    cache.manifest["files"]["offsets.npy"] = stored_teacher.file_facts(path)
     (cache.directory / "manifest.json").write_text(json.dumps(cache.manifest))
     with pytest.raises(ValueError, match="allow_pickle=False"):
         TeacherCache(cache.directory)
@@ -369,7 +369,7 @@ def build_with_processes(monkeypatch, processes, teacher, dataset, directory, **
         barrier.wait()
         return everything
 
-    monkeypatch.setattr(teacher_cache, "PartialState", State)
+    monkeypatch.setattr(stored_teacher, "PartialState", State)
     monkeypatch.setattr(processes_module, "PartialState", State)
     monkeypatch.setattr(processes_module, "gather_object", gather)
 
