@@ -96,12 +96,13 @@ def train_ours(options) -> None:
 
 
 def export(splits, folder: Path) -> None:
-    """The data as the peers read it: RecBole splits the whole log itself, RecTools is given the training part."""
+    """The data as the peers read it: RecBole splits the whole log itself, RecTools is given the parts."""
     (folder / "log").mkdir()
     names = ["user_id", "item_id", "timestamp"]
     header = ["user_id:token", "item_id:token", "timestamp:float"]
     _write_rows(splits["test"], folder / "log" / "log.inter", header, "\t")
     _write_rows(splits["train"], folder / "train.csv", names, ",")
+    _write_rows(splits["validation"], folder / "validation.csv", names, ",")
 
 
 def _write_rows(split, path: Path, header: list[str], delimiter: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,8 +35,38 @@ class Held:
             yield batch
 
 
+@torch.no_grad()
+def validation_ndcg(model, loader) -> float:
+    """NDCG@10 over all items but those of the history, which RecBole itself would rank too."""
+    model.eval()
+    total = count = 0
+    for batch, *_ in loader:
+        scores = model.full_sort_predict(batch).view(len(batch), -1)
+        target = batch[model.POS_ITEM_ID].unsqueeze(1)
+        own = scores.gather(1, target)
+        scores.scatter_(1, batch[model.ITEM_SEQ], -torch.inf)[:, 0] = -torch.inf
+        ranks = (scores >= own).sum(dim=1) + (scores.gather(1, target) < own).squeeze(1)
+        total += ((ranks <= 10) / torch.log2(ranks + 1.0)).sum().item()
+        count += len(batch)
+    return total / count
+
+
+def train_until(trainer, train, valid, goal: float, epochs: int, every: int) -> list[tuple[int, float, float]]:
+    """Epochs, processor seconds of training and validation NDCG@10, one per evaluation, until the goal."""
+    taken, curve = 0.0, []
+    for epoch in range(1, epochs + 1):
+        start = time.process_time()
+        trainer._train_epoch(train, epoch - 1)
+        taken += time.process_time() - start
+        if epoch % every == 0:
+            curve.append((epoch, taken, validation_ndcg(trainer.model, valid)))
+            if curve[-1][2] >= goal:
+                break
+    return curve
+
+
 def main() -> None:
-    """Train or evaluate, without end."""
+    """Train or evaluate without end, or train until a goal."""
     options = json.loads(sys.argv.pop())  # RecBole reads what is in sys.argv
     torch.set_num_threads(options["threads"])
     turns = Turns()
@@ -67,9 +98,12 @@ def main() -> None:
     }
     config = Config(model="SASRec", dataset="log", config_dict=settings)
     init_seed(0, True)
-    train, _, test = data_preparation(config, create_dataset(config))
+    train, valid, test = data_preparation(config, create_dataset(config))
     model = SASRec(config, train.dataset).to(config["device"])
     trainer = Trainer(config, model)
+    if options["task"] == "until":
+        turns.answer(train_until(trainer, train, valid, *(options[name] for name in ("goal", "epochs", "every"))))
+        return
     facts = {"versions": {name: version(name) for name in ("recbole", "torch", "numpy")}, "items": model.n_items - 1}
     if options["task"] == "evaluate":
         turns.next(batch_size=config["eval_batch_size"], **facts)

@@ -48,8 +48,12 @@ class Turns:
         if wall >= self._seconds:
             self._wait({"count": self._count, "steps": self._steps, "wall": wall, "processor": processor})
 
+    def answer(self, content) -> None:
+        """Say something to the other side, without taking turns."""
+        print(json.dumps(content), file=self._answers, flush=True)
+
     def _wait(self, answer: dict) -> None:
-        print(json.dumps(answer), file=self._answers, flush=True)
+        self.answer(answer)
         line = sys.stdin.readline()
         if not line:  # the other side has what it wants; trainers would catch an exception
             os._exit(0)

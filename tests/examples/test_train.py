@@ -51,6 +51,15 @@ def test_a_log_and_a_catalogue_give_two_models_and_a_report(script, log_file, it
     assert json.loads((folder / "crm" / "config.json").read_text())["hidden_size"] == 16
 
 
+@pytest.mark.parametrize("config", sorted(path.name for path in (REPOSITORY / "examples" / "configs").glob("*.yaml")))
+def test_every_configuration_trains(config, script, log_file, items_file, tmp_path):
+    words = ["--config", str(REPOSITORY / "examples" / "configs" / config), "--output_dir", str(tmp_path / "run")]
+    words += ["--dataset", str(log_file), "--items", str(items_file), *QUICK, "--hidden_size", "16", "--no-controls"]
+    script.main(words)
+    final = json.loads((tmp_path / "run" / "results.json").read_text())["final"]
+    assert {side: 0 <= final[side]["test"]["ndcg@10"] <= 1 for side in ("crm", "llm")} == {"crm": True, "llm": True}
+
+
 def test_launched_twice_the_second_run_finds_everything_done(tmp_path, log_file):
     """The README's command, as a user gives it."""
     folder = tmp_path / "run"
