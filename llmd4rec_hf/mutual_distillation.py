@@ -61,7 +61,7 @@ _NOT_IDENTITY = {
     *("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push"),
     # Words about the data; the sequences themselves are compared by their hashes.
     *("dataset_name", "dataset_facts"),
-    # Their product with the number of processes counts: rows_per_step.
+    # Their product with the number of processes counts: rows_per_step, or batches_per_step under a budget.
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 }
 
@@ -460,8 +460,11 @@ class MutualDistillation:
         for side, args in self.args.items():
             settings = json.loads(args.to_json_string())
             identity |= {f"{side}_args.{k}": v for k, v in settings.items() if k not in _NOT_IDENTITY}
-            rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-            identity[f"{side}_args.rows_per_step"] = rows
+            batches = args.world_size * args.gradient_accumulation_steps
+            if args.max_positions_per_batch is None:
+                identity[f"{side}_args.rows_per_step"] = args.train_batch_size * batches
+            else:
+                identity[f"{side}_args.batches_per_step"] = batches
             model = json.loads(self.models[side].config.to_json_string(use_diff=False))
             identity |= {f"{side}.{k}": v for k, v in model.items() if k != "backbone_config"}
         identity["vocabulary"] = self.vocabulary.content_hash

@@ -218,6 +218,20 @@ def test_a_folder_of_another_run_is_refused(make_run):
         make_run("taken", rounds=1, controls=False, crm_args={"num_train_epochs": 4}).run()
 
 
+def test_a_budget_of_positions_is_the_runs_own(make_run):
+    """Rows per process do not count under it; batches per step do."""
+    budget = {"max_positions_per_batch": 24}
+    run = make_run("budget", crm_args=budget)
+    assert run._phase_args(_Phase("crm", 0, "distilled")).max_positions_per_batch == 24
+    identity = run._identity()
+    assert identity["crm_args.max_positions_per_batch"] == 24
+    assert identity["crm_args.batches_per_step"] == 1
+    assert "crm_args.rows_per_step" not in identity
+    assert identity["llm_args.rows_per_step"] == 16
+    accumulated = make_run("budget", crm_args={**budget, "gradient_accumulation_steps": 2})
+    assert accumulated._identity()["crm_args.batches_per_step"] == 2
+
+
 def test_a_damaged_state_is_named(make_run):
     run = make_run("damaged")
     run.output_dir.mkdir()

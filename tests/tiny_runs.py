@@ -290,6 +290,9 @@ def train_cases(cases: dict[str, dict], rows_per_process: int, out: str) -> None
 def _train_case(kind: str, users: int, rows_per_process: int, out: str, **arguments) -> dict:
     splits, vocabulary = world(users)
     rows_per_process //= arguments.get("gradient_accumulation_steps", 1)
+    if "max_positions_per_batch" in arguments:
+        # Two batches of each step, whoever takes them.
+        arguments["gradient_accumulation_steps"] = 2 // int(os.environ.get("WORLD_SIZE", "1"))
     settings = {
         "use_cpu": True,
         "disable_tqdm": True,
@@ -319,6 +322,25 @@ def _train_case(kind: str, users: int, rows_per_process: int, out: str, **argume
         "ranks": trainer.predict(splits["test"]).predictions.tolist(),
         "steps": trainer.state.global_step,
     }
+
+
+def resume_cases(cases: dict[str, dict], out: str) -> None:
+    """Train from a checkpoint in the middle of the second epoch, and see whether it ends as the whole training did."""
+    results = {}
+    for name, settings in cases.items():
+        args = {"use_cpu": True, "disable_tqdm": True, "num_train_epochs": 3, "save_steps": 1, "logging_steps": 1}
+        args |= {"save_strategy": "steps", "learning_rate": 5e-3, **settings}
+        train = world(27)[0]["train"]
+        whole = CRMTrainer(make_crm(dropout=0.3), CRMArguments(f"{out}-{name}", **args), train)
+        whole.train()
+        steps = whole.state.max_steps
+        cut = CRMTrainer(make_crm(dropout=0.3), CRMArguments(f"{out}-{name}-cut", **args), train)
+        cut.train(resume_from_checkpoint=f"{out}-{name}/checkpoint-{steps // 3 + 1}")
+        losses = [[entry.get("loss") for entry in trainer.state.log_history] for trainer in (whole, cut)]
+        equal = torch.equal(whole.model.item_matrix(), cut.model.item_matrix())
+        results[name] = {"steps": steps, "equal": equal and losses[0][:-1] == losses[1][:-1]}
+    if PartialState().is_main_process:
+        Path(f"{out}.json").write_text(json.dumps(results))
 
 
 def stop_on_rank(folder: str, rank: int, **settings) -> None:

@@ -38,6 +38,10 @@ class DistillationSettings:
             step, as [`~transformers.Trainer`] does.
         length_bucketing (`bool`, *optional*, defaults to `True`): batch histories of like length, so that little is
             padding.
+        max_positions_per_batch (`int`, *optional*): cap a device's batch by its padded positions, rows times longest
+            history (at most the model's `max_length`), instead of by `per_device_train_batch_size`: as many histories
+            of like length as fit. So memory and time of a batch hardly vary, and the batches' shapes are few and the
+            same in each epoch. An LLM's prompt comes on top of it, for each row. Evaluation is not concerned.
         seen_items (`str`, *optional*, defaults to `"mask"`): in evaluation, leave out the items of the history
             (`"mask"`) or rank them too (`"keep"`, for data with repeats).
         early_stopping_patience (`int`, *optional*): stop after so many evaluations without a better
@@ -62,6 +66,10 @@ class DistillationSettings:
         metadata={"help": "Divide a step's loss by its mean or its own positions.", "choices": NORMALIZATIONS},
     )
     length_bucketing: bool = field(default=True, metadata={"help": "Batch histories of like length."})
+    max_positions_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Cap a device's batch by its padded positions instead of per_device_train_batch_size."},
+    )
     seen_items: str = field(
         default="mask", metadata={"help": "Leave items of the history out of the ranking.", "choices": SEEN_ITEMS}
     )
@@ -74,9 +82,14 @@ class DistillationSettings:
             raise ConfigurationError(f"temperature must be positive, got {self.temperature}.")
         if not self.kl_weight >= 0:
             raise ConfigurationError(f"kl_weight must not be negative, got {self.kl_weight}.")
-        for name in ("loss_chunk_size", "num_sampled_items", "early_stopping_patience"):
+        at_least_one = ("loss_chunk_size", "num_sampled_items", "max_positions_per_batch", "early_stopping_patience")
+        for name in at_least_one:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, or left out, got {getattr(self, name)}.")
+        if self.max_positions_per_batch is not None and not self.length_bucketing:
+            raise ConfigurationError(
+                "max_positions_per_batch is for histories of like length: leave length_bucketing on."
+            )
         choices = {
             "weighting": WEIGHTINGS,
             "rank_base": (0, 1),
@@ -115,6 +128,20 @@ class DistillationArguments(DistillationSettings, TrainingArguments):
         # Pinned memory speeds up copies to an accelerator; without one torch warns at every epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
         DistillationSettings.__post_init__(self)
+        if self.max_positions_per_batch is not None:
+            self._check_batching()
+
+    def _check_batching(self) -> None:
+        """Refuse what counts on batches of one number of rows."""
+        conflicts = {
+            "auto_find_batch_size": self.auto_find_batch_size,
+            "dataloader_drop_last": self.dataloader_drop_last,
+            "accelerator_config.split_batches": self.accelerator_config.split_batches,
+            "accelerator_config.dispatch_batches": self.accelerator_config.dispatch_batches,
+            "DataParallel (several GPUs in one process; start one per GPU with `accelerate launch`)": self.n_gpu > 1,
+        }
+        if found := [name for name, present in conflicts.items() if present]:
+            raise ConfigurationError(f"max_positions_per_batch does not go with {' and '.join(found)}.")
 
 
 @dataclass

@@ -200,10 +200,13 @@ def trainer_card(trainer: DistillationTrainer, model_name: str | None = None, da
     """The card of a trainer's model, with the results of the best or else the last evaluation."""
     model, args, settings = trainer.accelerator.unwrap_model(trainer.model), trainer.args, trainer.settings
     repository = trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).name
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batches, budget = args.gradient_accumulation_steps * args.world_size, settings.max_positions_per_batch
+    batch = f"{args.train_batch_size * batches} histories"
+    if budget is not None:
+        batch = f"{batches} x at most {budget} padded positions"
     rows: dict[str, object] = {
         "learning rate": f"{args.learning_rate:g}, {SchedulerType(args.lr_scheduler_type).value}",
-        "batch": f"{batch} histories",
+        "batch": batch,
         "steps": f"{trainer.state.global_step} ({trainer.state.epoch or 0:.4g} epochs), seed {args.seed}",
     }
     training = "It was trained without a teacher."

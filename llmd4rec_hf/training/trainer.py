@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
-from transformers.trainer_utils import HubStrategy, PredictionOutput, rotate_checkpoints
+from transformers.trainer_utils import HubStrategy, PredictionOutput, rotate_checkpoints, seed_worker
 
 from ..data import RankingCollator, SequenceCollator
 from ..data.arrow import column_array
@@ -37,7 +38,7 @@ from .checkpoints import LOSS_SUMS_NAME, last_whole_checkpoint, rehome
 from .guard import StepGuard
 from .loss_chunks import LossChunks
 from .model_card import trainer_card
-from .sampler import LengthBucketSampler, LengthSortedSampler
+from .sampler import LengthBucketSampler, LengthSortedSampler, PositionBudgetBatchSampler, SamplerEpoch
 from .sparse_rows import RowAdamW, with_row_values
 
 
@@ -45,6 +46,10 @@ from .sparse_rows import RowAdamW, with_row_values
 TEACHER_CACHE_NAME = "_teacher_cache"
 OPTIMIZERS_BY_ROWS = ("adamw_torch", "adamw_torch_fused")
 LOSS_PARTS = ("cross_entropy", "kl", "weight_mean", "agreement")
+LOADER_OPTIONS = (
+    *("num_workers", "pin_memory", "persistent_workers"),
+    *("multiprocessing_context", "prefetch_factor", "in_order"),
+)
 
 
 class DistillationTrainer(Trainer):
@@ -102,6 +107,7 @@ class DistillationTrainer(Trainer):
         self._teacher_items: torch.Tensor | None = None
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._loss_chunks = LossChunks(self.settings.loss_chunk_size)
+        self._batch_sampler: PositionBudgetBatchSampler | None = None
         self._collates_by_model = kwargs.get("data_collator") is None
         kwargs.setdefault("compute_metrics", _ranking_metrics)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
@@ -109,6 +115,8 @@ class DistillationTrainer(Trainer):
         self._fit_collator(self.model)
         self.guard = StepGuard()
         self.add_callback(self.guard)
+        self._sampler_epoch = SamplerEpoch()
+        self.add_callback(self._sampler_epoch)
         if self.settings.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(self.settings.early_stopping_patience))
         if teacher is not None:
@@ -155,9 +163,49 @@ class DistillationTrainer(Trainer):
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self.settings.length_bucketing or not _has_lengths(train_dataset):
             return super()._get_train_sampler(train_dataset)
-        together = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthBucketSampler(column_array(train_dataset, "length"), together, seed)
+        rows = self.args.train_batch_size * self._batches_per_step
+        sampler = LengthBucketSampler(column_array(train_dataset, "length"), rows, self._sampler_seed)
+        self._sampler_epoch.sampler = sampler
+        return sampler
+
+    @property
+    def _batches_per_step(self) -> int:
+        """Batches of one optimizer step over all processes."""
+        return self.args.world_size * self.args.gradient_accumulation_steps
+
+    @property
+    def _sampler_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in `Trainer`; with `max_positions_per_batch`, batches of as many rows as fit."""
+        if self.settings.max_positions_per_batch is None:
+            return super().get_train_dataloader()
+        self._batch_sampler = self._sampler_epoch.sampler = self._budgeted_batches()
+        # Releases of `Trainer` differ in which of them they know.
+        options = {name: getattr(self.args, f"dataloader_{name}", None) for name in LOADER_OPTIONS}
+        loader = DataLoader(
+            self._remove_unused_columns(self.train_dataset, description="training"),
+            batch_sampler=self._batch_sampler,
+            collate_fn=self.data_collator,
+            worker_init_fn=partial(seed_worker, num_workers=options["num_workers"], rank=self.args.process_index),
+            **{name: value for name, value in options.items() if value is not None},
+        )
+        return self.accelerator.prepare(loader)
+
+    def _budgeted_batches(self) -> PositionBudgetBatchSampler:
+        budget = self.settings.max_positions_per_batch
+        if not _has_lengths(self.train_dataset):
+            raise ConfigurationError(
+                f"max_positions_per_batch={budget} needs the lengths of all rows: a datasets.Dataset with a column "
+                f"length as the training set, got {type(self.train_dataset).__name__} without one."
+            )
+        positions = np.clip(column_array(self.train_dataset, "length") - 1, 1, self.model.config.max_length)
+        if isinstance(self.data_collator, SequenceCollator) and self.data_collator.pad_to_multiple_of:
+            positions += -positions % self.data_collator.pad_to_multiple_of
+        return PositionBudgetBatchSampler(
+            positions, budget, self.args.world_size, self._batches_per_step, self._sampler_seed
+        )
 
     def _get_eval_sampler(self, eval_dataset: Dataset):
         if not self.settings.length_bucketing or not _has_lengths(eval_dataset):
@@ -191,8 +239,12 @@ class DistillationTrainer(Trainer):
 
         Raises:
             TrainingError: the loss is not finite.
-            ConfigurationError: nothing to resume from, or `num_sampled_items` where sparse gradients do not work.
+            ConfigurationError: nothing to resume from, `num_sampled_items` where sparse gradients do not work, or
+                `max_positions_per_batch` for data whose rows have no lengths or do not fit.
         """
+        if self.settings.max_positions_per_batch is not None and self.model_init is None:
+            # For its errors, which should not come after a teacher has been cached.
+            self._budgeted_batches()
         if self._embedding_by_rows is not None:
             self._check_sparse_gradients()
         if resume_from_checkpoint is True:
@@ -224,12 +276,21 @@ class DistillationTrainer(Trainer):
     def _without_repeats(self, batches):
         progress = self.accelerator.gradient_state
         for batch in batches:
-            if self.args.world_size > 1 and progress.end_of_dataloader and progress.remainder > 0:
+            if self.args.world_size > 1 and progress.end_of_dataloader and (remainder := self._remainder()) > 0:
                 # The last rows of an epoch, in the order of the processes, are followed by the first ones again.
                 rows = len(batch["labels"])
-                own = min(max(progress.remainder - rows * self.args.process_index, 0), rows)
+                own = min(max(remainder - rows * self.args.process_index, 0), rows)
                 batch["labels"][own:] = -100
             yield batch
+
+    def _remainder(self) -> int:
+        """Rows of an epoch that are left for its last batches over all processes; 0 or less if those are full."""
+        remainder = self.accelerator.gradient_state.remainder
+        may_repeat = self._batch_sampler is None and not self.args.dataloader_drop_last
+        if remainder < 0 and may_repeat and isinstance(self.train_dataset, Dataset):
+            # `accelerate` does not know it in an epoch that is resumed.
+            remainder = len(self.train_dataset) % self.callback_handler.train_dataloader.total_batch_size
+        return remainder
 
     def _prepare_teacher(self) -> None:
         if self.teacher is None:
@@ -307,11 +368,21 @@ class DistillationTrainer(Trainer):
     def _loss_divisor(self, labels: torch.Tensor, num_items_in_batch) -> float | torch.Tensor:
         """Positions of one optimizer step over all processes: on average (`"dataset"`) or in this step (`"batch"`)."""
         if self.settings.loss_normalization == "dataset" and _has_lengths(self.train_dataset):
-            rows = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-            return rows * self._mean_positions
+            return self._rows_per_step * self._mean_positions
         if num_items_in_batch is not None:
             return num_items_in_batch
         return max(labels.numel(), 1) * self.accelerator.num_processes
+
+    @property
+    def _rows_per_step(self) -> float:
+        """Training rows of one optimizer step over all processes; under a budget of positions, on average."""
+        if self._batch_sampler is None:
+            return self.args.train_batch_size * self._batches_per_step
+        return len(self._batch_sampler.positions) / self._batch_sampler.steps_per_epoch
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """As in `Trainer`; under a budget of positions, on average."""
+        return super().get_total_train_batch_size(args) if self._batch_sampler is None else round(self._rows_per_step)
 
     @property
     def _mean_positions(self) -> float:

@@ -33,6 +33,9 @@ CASES = {
         "num_sampled_items": 5,
         "gradient_accumulation_steps": 2,
     },
+    "crm, a budget of positions": {"kind": "crm", "users": 32, "max_positions_per_batch": 24},
+    # Five batches, the last of which is cut for the second process.
+    "crm, a budget of positions, ragged": {"kind": "crm", "users": 27, "max_positions_per_batch": 24},
     "llm, ragged": {"kind": "llm", "users": 27},
     "llm, a sample of the items": {"kind": "llm", "users": 27, "num_sampled_items": 5},
 }
@@ -59,6 +62,18 @@ def test_a_training_has_the_same_losses_and_metrics(trained, case):
     assert two["weights"] == pytest.approx(one["weights"], abs=1e-5)
     assert two["metrics"] == one["metrics"]
     assert two["ranks"] == one["ranks"]
+
+
+def test_an_epoch_that_is_resumed_goes_on_with_its_own_batches(tmp_path):
+    cases = {
+        "buckets": {"per_device_train_batch_size": 4},
+        "budget": {"max_positions_per_batch": 20},
+    }
+    out = tmp_path / "resumed"
+    outcome = in_processes(tiny_runs.resume_cases, cases, str(out), processes=2, log=tmp_path / "log")
+    assert outcome.codes == [0, 0], outcome.output
+    results = json.loads(Path(f"{out}.json").read_text())
+    assert all(result["equal"] and result["steps"] >= 9 for result in results.values()), results
 
 
 @pytest.mark.parametrize("users", [32, 27])

@@ -32,10 +32,11 @@ def test_bad_settings_are_named(tmp_path, setting, message):
 def test_command_line_reads_every_field(arguments_class, tmp_path):
     words = ["--output_dir", str(tmp_path), "--use_cpu", "True", "--learning_rate", "1e-4", "--kl_weight", "2"]
     words += ["--weighting", "confidence", "--rank_base", "0", "--early_stopping_patience", "3"]
+    words += ["--max_positions_per_batch", "4096"]
     (args,) = HfArgumentParser(arguments_class).parse_args_into_dataclasses(words)
     assert args.learning_rate == 1e-4
     assert (args.kl_weight, args.weighting, args.rank_base) == (2.0, "confidence", 0)
-    assert args.early_stopping_patience == 3
+    assert (args.early_stopping_patience, args.max_positions_per_batch) == (3, 4096)
 
 
 def test_no_pinned_memory_without_an_accelerator(tmp_path):
