@@ -229,7 +229,7 @@ def main() -> None:
     target = HERE / "results" / options.data.name
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / f"{options.name}-seed{options.seed}.json", result)
-    np.save(target / f"{options.name}-seed{options.seed}.npy", ranks.astype(np.uint32))
+    np.save(target / f"{options.name}-seed{options.seed}.npy", ranks.astype(np.min_scalar_type(ranks.max())))
     test = result["test"]["mask"]
     what = f"{options.name} {options.data.name} seed {options.seed}"
     print(f"{what}: HR@10 {test['hr@10']:.4f} NDCG@10 {test[METRIC]:.4f}")

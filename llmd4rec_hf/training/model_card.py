@@ -209,6 +209,8 @@ def trainer_card(trainer: DistillationTrainer, model_name: str | None = None, da
         "batch": batch,
         "steps": f"{trainer.state.global_step} ({trainer.state.epoch or 0:.4g} epochs), seed {args.seed}",
     }
+    if settings.num_sampled_items is not None:
+        rows["loss"] = f"over the true items and {settings.num_sampled_items:,} others, drawn for each step"
     training = "It was trained without a teacher."
     if trainer.teacher is not None:
         rows["distillation"] = (

@@ -77,6 +77,14 @@ def test_the_best_evaluation_is_shown(make_crm, args, card):
     assert "| ndcg@10 | 0.9000 |" in card(trainer)[1]
 
 
+def test_what_a_step_holds_is_stated(make_crm, args, card):
+    assert "| batch | 256 histories |" in card(CRMTrainer(make_crm(), args))[1]
+    args.max_positions_per_batch, args.num_sampled_items = 512, 4096
+    text = card(CRMTrainer(make_crm(), args))[1]
+    assert "| batch | 1 x at most 512 padded positions |" in text
+    assert "| loss | over the true items and 4,096 others, drawn for each step |" in text
+
+
 def test_a_base_model_that_is_not_on_the_hub_is_not_named_by_its_path(make_llm, tmp_path, card):
     model = make_llm(peft_config=LoraConfig(r=2, use_dora=True))
     model.config.backbone_name_or_path = str(tmp_path / "my-base")
