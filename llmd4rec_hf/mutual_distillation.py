@@ -10,23 +10,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import platform
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
-import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import DatasetDict
 from transformers.utils import logging
 
-from .data import ItemVocabulary, data_hash
-from .data.arrow import column_array
+from .data import ItemVocabulary
 from .data.sequences import item_id_range
 from .errors import ConfigurationError
 from .evaluation import ranking_metrics
@@ -34,7 +28,19 @@ from .evaluation.report import write_report
 from .files import storage_errors_named, whole_folder, write_json, write_manifest
 from .models import LLMRecommender, RecommenderModel
 from .processes import on_main_process
-from .run_state import STATE_NAME, STATE_VERSION, RunLock, read_results, read_state, weights_facts
+from .run_results import assemble_results, dataset_entry, protocol_entry, rounds_of
+from .run_state import (
+    CONTROL,
+    DISTILLED,
+    STATE_NAME,
+    STATE_VERSION,
+    Phase,
+    RunLock,
+    read_results,
+    read_state,
+    run_identity,
+    weights_facts,
+)
 from .training import (
     CRMArguments,
     CRMTrainer,
@@ -52,18 +58,8 @@ logger = logging.get_logger(__name__)
 
 RESULTS_NAME = "results.json"
 METRIC = "ndcg@10"
-DISTILLED, CONTROL = "distilled", "control"
 REFRESH_MODES = ("copy", "off")
 FRESH_STUDENTS = {"none": (), "llm": ("llm",), "crm": ("crm",), "both": ("llm", "crm")}
-# Arguments that say where and how a run goes on, not what comes out of it: with others it is still the same run.
-_NOT_IDENTITY = {
-    *("output_dir", "logging_dir", "disable_tqdm", "report_to", "log_level", "run_name", "project"),
-    *("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push"),
-    # Words about the data; the sequences themselves are compared by their hashes.
-    *("dataset_name", "dataset_facts"),
-    # Their product with the number of processes counts: rows_per_step, or batches_per_step under a budget.
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),
-}
 
 
 @dataclass
@@ -109,26 +105,6 @@ class MutualDistillationConfig:
             raise ConfigurationError(
                 f"fresh_students must be one of {', '.join(FRESH_STUDENTS)}, got {self.fresh_students!r}."
             )
-
-
-@dataclass(frozen=True)
-class _Phase:
-    """One training of one model."""
-
-    side: str
-    round: int
-    arm: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.round}-{self.side}-{self.arm}"
-
-    @property
-    def title(self) -> str:
-        what = "CRM" if self.side == "crm" else "LLM"
-        if self.round == 0:
-            return f"{what} warm-up"
-        return f"{what} round {self.round}" + (", control" if self.arm == CONTROL else "")
 
 
 class MutualDistillation:
@@ -248,11 +224,11 @@ class MutualDistillation:
             if results is not None:
                 logger.info(f"{self.output_dir} holds a finished run: nothing to do.")
                 return results
-        self._run_phase(_Phase("crm", 0, DISTILLED))
+        self._run_phase(Phase("crm", 0, DISTILLED))
         for round_number in range(1, self.config.rounds + 1):
             for arm in self._arms:
-                self._run_phase(_Phase("llm", round_number, arm))
-                self._run_phase(_Phase("crm", round_number, arm))
+                self._run_phase(Phase("llm", round_number, arm))
+                self._run_phase(Phase("crm", round_number, arm))
             if self._converged(round_number):
                 logger.info(f"Neither model got better in round {round_number}: the run has converged.")
                 break
@@ -262,7 +238,7 @@ class MutualDistillation:
     def _arms(self) -> tuple[str, ...]:
         return (DISTILLED, CONTROL) if self.config.controls else (DISTILLED,)
 
-    def _run_phase(self, phase: _Phase) -> None:
+    def _run_phase(self, phase: Phase) -> None:
         if phase.name in self.state["phases"]:
             return
         started = time.monotonic()
@@ -281,7 +257,7 @@ class MutualDistillation:
         on_main_process(lambda: _keep_only(folder, "model"))
         stop_signals.raise_if_received(f"after {phase.title}")
 
-    def _trainer(self, phase: _Phase):
+    def _trainer(self, phase: Phase):
         """The trainer of a phase, with its student and teacher as the phases before left them."""
         student = self._student(phase.side)
         student.load_weights(self._start_of(phase))
@@ -308,14 +284,14 @@ class MutualDistillation:
         sharded = sharded or bool(self.args[side].fsdp) or bool(self.args[side].deepspeed)
         return copy.deepcopy(self.models[side]) if sharded else self.models[side]
 
-    def _start_of(self, phase: _Phase) -> Path:
+    def _start_of(self, phase: Phase) -> Path:
         """Where a phase's student starts: its own last round, in the same arm, or its initial weights."""
         has_no_round_before = phase.round == 0 or (phase.side == "llm" and phase.round == 1)
         if has_no_round_before or phase.side in FRESH_STUDENTS[self.config.fresh_students]:
             return self.output_dir / "phases" / f"initial-{phase.side}"
         return self._model_folder(phase.side, phase.round - 1, phase.arm)
 
-    def _teacher_of(self, phase: _Phase) -> Path | None:
+    def _teacher_of(self, phase: Phase) -> Path | None:
         """The other side's model that a phase learns from, or takes item vectors from."""
         if phase.round == 0:
             return None
@@ -325,12 +301,12 @@ class MutualDistillation:
 
     def _model_folder(self, side: str, round_number: int, arm: str) -> Path:
         # Both arms begin with the same warm-up.
-        return self._folder(_Phase(side, round_number, DISTILLED if round_number == 0 else arm)) / "model"
+        return self._folder(Phase(side, round_number, DISTILLED if round_number == 0 else arm)) / "model"
 
-    def _folder(self, phase: _Phase) -> Path:
+    def _folder(self, phase: Phase) -> Path:
         return self.output_dir / "phases" / phase.name
 
-    def _phase_args(self, phase: _Phase) -> DistillationArguments:
+    def _phase_args(self, phase: Phase) -> DistillationArguments:
         """The side's arguments, with the phase's folder and seed, evaluating and keeping the best by default."""
         args = copy.deepcopy(self.args[phase.side])
         args.output_dir = str(self._folder(phase))
@@ -372,7 +348,15 @@ class MutualDistillation:
             for arm in (DISTILLED, CONTROL):
                 key = side if arm == DISTILLED else f"{side}_without_distillation"
                 final[key] = self._test_best(side, arm) if arm in self._arms else None
-        results = self._results(final)
+        test, config = self.sequences["test"], self.config
+        results = assemble_results(
+            self.state["phases"],
+            final,
+            dataset=dataset_entry(test, self.vocabulary, config.dataset_name, config.dataset_facts),
+            protocol=protocol_entry(config.split, self.args["crm"].seen_items),
+            seed=config.seed,
+            has_controls=config.controls,
+        )
         on_main_process(lambda: write_json(self.output_dir / RESULTS_NAME, results))
         on_main_process(lambda: write_report(results, self.output_dir))
         self.state |= {"finished": True, "weights": on_main_process(lambda: weights_facts(self.output_dir))}
@@ -395,51 +379,11 @@ class MutualDistillation:
         return {"round": best, "validation": self._validation(side, best, arm), "test": ranking_metrics(ranks)}
 
     def _rounds(self, side: str) -> list[int]:
-        return sorted(
-            int(name.split("-")[0]) for name in self.state["phases"] if name.endswith(f"-{side}-{DISTILLED}")
-        )
+        return rounds_of(self.state["phases"], side)
 
     def _validation(self, side: str, round_number: int, arm: str) -> dict:
-        phase = _Phase(side, round_number, DISTILLED if round_number == 0 else arm)
+        phase = Phase(side, round_number, DISTILLED if round_number == 0 else arm)
         return self.state["phases"][phase.name]["validation"]
-
-    def _results(self, final: dict) -> dict:
-        phases = self.state["phases"]
-        rounds = []
-        for number in self._rounds("crm"):
-            entry: dict = {"round": number, "crm": None, "llm": None, "crm_control": None, "llm_control": None}
-            entry["distillation"] = {}
-            for side in ("crm", "llm"):
-                for arm, key in ((DISTILLED, side), (CONTROL, f"{side}_control")):
-                    record = phases.get(_Phase(side, number, arm).name)
-                    if record is not None:
-                        entry[key] = {"validation": record["validation"], "test": None}
-                record = phases.get(_Phase(side, number, DISTILLED).name)
-                entry["distillation"][side] = record["distillation"] if record and number else None
-            if number == 0 and self.config.controls:
-                entry["crm_control"] = entry["crm"]
-            rounds.append(entry)
-        return {
-            "dataset": {
-                "name": self.config.dataset_name,
-                "users": len(self.sequences["test"]),
-                "items": len(self.vocabulary),
-                "interactions": int(column_array(self.sequences["test"], "length").sum()),
-                "hash": data_hash(self.sequences["test"]),
-                **(self.config.dataset_facts or {}),
-            },
-            "protocol": {
-                "split": self.config.split,
-                "seen_items": "masked" if self.args["crm"].seen_items == "mask" else "kept",
-                "ties": "pessimistic",
-                "ranking": "full",
-            },
-            "seed": self.config.seed,
-            "versions": _versions(),
-            "rounds": rounds,
-            "final": final,
-            "seconds": {name: record["seconds"] for name, record in phases.items()},
-        }
 
     # --- what is on disk -----------------------------------------------------------------------------------------
 
@@ -455,21 +399,7 @@ class MutualDistillation:
         self._write_state()
 
     def _identity(self) -> dict:
-        """What makes two runs the same run, flat, so that a difference can be named."""
-        identity = {f"config.{k}": v for k, v in dataclasses.asdict(self.config).items() if k not in _NOT_IDENTITY}
-        for side, args in self.args.items():
-            settings = json.loads(args.to_json_string())
-            identity |= {f"{side}_args.{k}": v for k, v in settings.items() if k not in _NOT_IDENTITY}
-            batches = args.world_size * args.gradient_accumulation_steps
-            if args.max_positions_per_batch is None:
-                identity[f"{side}_args.rows_per_step"] = args.train_batch_size * batches
-            else:
-                identity[f"{side}_args.batches_per_step"] = batches
-            model = json.loads(self.models[side].config.to_json_string(use_diff=False))
-            identity |= {f"{side}.{k}": v for k, v in model.items() if k != "backbone_config"}
-        identity["vocabulary"] = self.vocabulary.content_hash
-        identity |= {f"sequences.{name}": data_hash(split) for name, split in self.sequences.items()}
-        return json.loads(json.dumps(identity, sort_keys=True, default=str))
+        return run_identity(dataclasses.asdict(self.config), self.args, self.models, self.vocabulary, self.sequences)
 
     def _write_state(self) -> None:
         on_main_process(lambda: write_json(self.output_dir / STATE_NAME, self.state))
@@ -506,15 +436,3 @@ def _last_logged(log_history: list[dict], names: tuple[str, ...]) -> dict | None
         if all(name in entry for name in names):
             return {name: entry[name] for name in names}
     return None
-
-
-def _versions() -> dict:
-    from . import __version__
-
-    return {
-        "llmd4rec_hf": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "datasets": datasets.__version__,
-    }

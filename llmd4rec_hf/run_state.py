@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run keeps on disk besides results: its state, its models, and a lock against a second run."""
+"""What a run keeps on disk besides results: its state by phases, its models, and a lock against a second run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import json
 import os
 import platform
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+from datasets import DatasetDict
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
+from .data import ItemVocabulary, data_hash
 from .errors import RunStateError
 from .files import file_facts, find_damage, is_altered, write_json
+from .models import RecommenderModel
 from .processes import on_main_process
+from .training import DistillationArguments
 
 
 logger = logging.get_logger(__name__)
@@ -23,8 +28,38 @@ STATE_NAME = "state.json"
 STATE_VERSION = 1
 LOCK_NAME = ".lock"
 HOLDER_NAME = ".lock_holder.json"
+DISTILLED, CONTROL = "distilled", "control"
 # A process that was killed leaves its lock to the workers of its data loaders, for as long as they take to notice.
 _LOCK_SECONDS = 3
+# Arguments that say where and how a run goes on, not what comes out of it: with others it is still the same run.
+_NOT_IDENTITY = {
+    *("output_dir", "logging_dir", "disable_tqdm", "report_to", "log_level", "run_name", "project"),
+    *("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push"),
+    # Words about the data; the sequences themselves are compared by their hashes.
+    *("dataset_name", "dataset_facts"),
+    # Their product with the number of processes counts: rows_per_step, or batches_per_step under a budget.
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training of one model."""
+
+    side: str
+    round: int
+    arm: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.round}-{self.side}-{self.arm}"
+
+    @property
+    def title(self) -> str:
+        what = "CRM" if self.side == "crm" else "LLM"
+        if self.round == 0:
+            return f"{what} warm-up"
+        return f"{what} round {self.round}" + (", control" if self.arm == CONTROL else "")
 
 
 class RunLock:
@@ -67,6 +102,39 @@ class RunLock:
             return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
         except (OSError, ValueError, KeyError, TypeError):
             return "it did not say which"
+
+
+def run_identity(
+    config: dict,
+    args: dict[str, DistillationArguments],
+    models: dict[str, RecommenderModel],
+    vocabulary: ItemVocabulary,
+    sequences: DatasetDict,
+) -> dict:
+    """
+    What makes two runs the same run, flat, so that a difference can be named.
+
+    Args:
+        config (`dict`): the run's settings.
+        args (`dict[str, DistillationArguments]`): the trainers' arguments, by side.
+        models (`dict[str, RecommenderModel]`): the models, by side.
+        vocabulary ([`ItemVocabulary`]): the items.
+        sequences ([`~datasets.DatasetDict`]): the splits.
+    """
+    identity = {f"config.{k}": v for k, v in config.items() if k not in _NOT_IDENTITY}
+    for side, its_args in args.items():
+        settings = json.loads(its_args.to_json_string())
+        identity |= {f"{side}_args.{k}": v for k, v in settings.items() if k not in _NOT_IDENTITY}
+        batches = its_args.world_size * its_args.gradient_accumulation_steps
+        if its_args.max_positions_per_batch is None:
+            identity[f"{side}_args.rows_per_step"] = its_args.train_batch_size * batches
+        else:
+            identity[f"{side}_args.batches_per_step"] = batches
+        model = json.loads(models[side].config.to_json_string(use_diff=False))
+        identity |= {f"{side}.{k}": v for k, v in model.items() if k != "backbone_config"}
+    identity["vocabulary"] = vocabulary.content_hash
+    identity |= {f"sequences.{name}": data_hash(split) for name, split in sequences.items()}
+    return json.loads(json.dumps(identity, sort_keys=True, default=str))
 
 
 def read_state(folder: Path, identity: dict) -> dict | None:

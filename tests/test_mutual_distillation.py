@@ -17,7 +17,7 @@ from llmd4rec_hf import (
     SASRecModel,
 )
 from llmd4rec_hf.errors import ConfigurationError, RunStateError
-from llmd4rec_hf.mutual_distillation import _Phase
+from llmd4rec_hf.run_state import Phase
 
 
 class Interrupted(Exception):
@@ -201,9 +201,9 @@ def test_refresh_injects_the_crms_vectors_each_round(make_run, monkeypatch, refr
 def test_a_fresh_student_begins_each_round_with_its_initial_weights(make_run, fresh, llm, crm):
     run = make_run("fresh", fresh_students=fresh)
     phases = run.output_dir / "phases"
-    assert run._start_of(_Phase("llm", 2, "distilled")) == phases / llm
-    assert run._start_of(_Phase("crm", 2, "distilled")) == phases / crm
-    assert run._start_of(_Phase("crm", 0, "distilled")) == phases / "initial-crm"
+    assert run._start_of(Phase("llm", 2, "distilled")) == phases / llm
+    assert run._start_of(Phase("crm", 2, "distilled")) == phases / crm
+    assert run._start_of(Phase("crm", 0, "distilled")) == phases / "initial-crm"
 
 
 def test_it_stops_when_neither_model_gets_better(make_run):
@@ -222,7 +222,7 @@ def test_a_budget_of_positions_is_the_runs_own(make_run):
     """Rows per process do not count under it; batches per step do."""
     budget = {"max_positions_per_batch": 24}
     run = make_run("budget", crm_args=budget)
-    assert run._phase_args(_Phase("crm", 0, "distilled")).max_positions_per_batch == 24
+    assert run._phase_args(Phase("crm", 0, "distilled")).max_positions_per_batch == 24
     identity = run._identity()
     assert identity["crm_args.max_positions_per_batch"] == 24
     assert identity["crm_args.batches_per_step"] == 1

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .report import (
+from .results import (
     final_metric,
     main_cut_off,
     number,
@@ -54,7 +54,7 @@ def draw_report(results: dict) -> Figure:
 
     Args:
         results (`dict`):
-            The results of a run, see [`~llmd4rec_hf.evaluation.report`].
+            The results of a run, see [`~llmd4rec_hf.evaluation.results`].
     """
     metric = f"ndcg@{main_cut_off(results)}"
     has_distillation = any(

@@ -1,31 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a run: `report.md`, `report.png` and the table for the terminal, all from the `results` dictionary.
-
-`results` is what a run writes to `results.json`:
-
-```python
-{
-    "dataset": {"name", "users", "items", "interactions", "density", "median_length", "tie_share", "hash", ...},
-    "protocol": {"split", "seen_items", "ties", "ranking"},
-    "seed": 0,
-    "versions": {package: version},
-    "rounds": [
-        {
-            "round": 0,
-            "crm": {"validation": {"hr@10": ..., ...}, "test": None},  # also "llm", "crm_control", "llm_control"
-            "distillation": {"crm": {"kl", "weight_mean", "agreement"}, "llm": {...}},
-        },
-    ],
-    "final": {
-        "crm": {"round": 0, "validation": {...}, "test": {...}},
-        # also "llm", "crm_without_distillation", "llm_without_distillation"
-    },
-    "seconds": {phase: seconds},
-}
-```
-
-Whatever was not run is `None` or absent, and is shown as a dash.
-"""
+"""The report of a run: `report.md`, `report.png` and the table for the terminal, all from the `results` dictionary."""
 
 from __future__ import annotations
 
@@ -35,26 +9,25 @@ from pathlib import Path
 
 from rich.table import Table
 
-
-# Keys of results["final"]: each model followed by its control, and how both are called.
-FINAL_MODELS = (
-    ("llm", "LLM, distilled"),
-    ("llm_without_distillation", "LLM, without distillation"),
-    ("crm", "CRM, distilled"),
-    ("crm_without_distillation", "CRM, without distillation"),
+from .results import (
+    CONTROL_SUFFIX,
+    DASH,
+    FINAL_MODELS,
+    ROUND_MODELS,
+    cut_offs,
+    distillation_of,
+    final_metric,
+    main_cut_off,
+    number,
+    percent,
+    protocol_line,
+    relative_gain,
+    round_distillation,
+    round_metrics,
 )
 
-# Keys of a round, in the order of the columns.
-ROUND_MODELS = (
-    ("llm", "LLM"),
-    ("llm_control", "LLM, control"),
-    ("crm", "CRM"),
-    ("crm_control", "CRM, control"),
-)
 
 _METRICS = (("hr", "HR"), ("ndcg", "NDCG"), ("mrr", "MRR"))
-_DASH = "–"
-_CONTROL_SUFFIX = "_without_distillation"
 
 
 def write_report(results: dict, output_dir: str | os.PathLike) -> None:
@@ -62,7 +35,7 @@ def write_report(results: dict, output_dir: str | os.PathLike) -> None:
 
     Args:
         results (`dict`):
-            The results of a run, see the top of this module.
+            The results of a run, see [`~llmd4rec_hf.evaluation.results`].
         output_dir (`str` or `os.PathLike`):
             Made if it does not exist.
     """
@@ -86,9 +59,9 @@ def summary_table(results: dict) -> Table:
         table.add_column(f"{name}@{k}", justify="right")
     table.add_column(f"NDCG@{k} gain", justify="right")
     for key, name in FINAL_MODELS:
-        gain = "" if key.endswith(_CONTROL_SUFFIX) else percent(relative_gain(results, key, f"ndcg@{k}"))
+        gain = "" if key.endswith(CONTROL_SUFFIX) else percent(relative_gain(results, key, f"ndcg@{k}"))
         numbers = [number(final_metric(results, key, f"{metric}@{k}")) for metric, _ in _METRICS]
-        table.add_row(name, _final_round(results, key), *numbers, gain, end_section=key.endswith(_CONTROL_SUFFIX))
+        table.add_row(name, _final_round(results, key), *numbers, gain, end_section=key.endswith(CONTROL_SUFFIX))
     return table
 
 
@@ -109,7 +82,7 @@ def markdown_report(results: dict) -> str:
         "## Validation by round",
         _validation_table(results),
     ]
-    if any(_distillation(entry, student) for entry in results["rounds"] for student in ("llm", "crm")):
+    if any(distillation_of(entry, student) for entry in results["rounds"] for student in ("llm", "crm")):
         sections += ["## Distillation by round", _distillation_table(results)]
     sections += [
         "## Data",
@@ -120,60 +93,6 @@ def markdown_report(results: dict) -> str:
         markdown_table(("package", "version"), [(name, str(value)) for name, value in results["versions"].items()]),
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def cut_offs(results: dict) -> list[int]:
-    """Every k for which any model was measured, ascending."""
-    measured = [(entry or {}).get(split) for entry in _all_entries(results) for split in ("test", "validation")]
-    return sorted({int(name[3:]) for metrics in measured for name in metrics or () if name.startswith("hr@")})
-
-
-def main_cut_off(results: dict) -> int:
-    """The one k to show where there is room for one: 10, or the middle one if 10 was not measured."""
-    ks = cut_offs(results)
-    return 10 if 10 in ks or not ks else ks[len(ks) // 2]
-
-
-def final_metric(results: dict, key: str, metric: str) -> float | None:
-    """A test metric of a model of `results["final"]`, or `None` if that model or its test was not run."""
-    return _metric(results["final"].get(key), "test", metric)
-
-
-def round_metrics(results: dict, key: str, metric: str) -> list[float | None]:
-    """A validation metric of a model, one value per round."""
-    return [_metric(entry.get(key), "validation", metric) for entry in results["rounds"]]
-
-
-def round_distillation(results: dict, student: str, quantity: str) -> list[float | None]:
-    """A quantity of the distillation into a student (`"crm"` or `"llm"`), one value per round."""
-    return [_distillation(entry, student).get(quantity) for entry in results["rounds"]]
-
-
-def relative_gain(results: dict, key: str, metric: str) -> float | None:
-    """`(distilled - control) / control` on test; `None` without a control or where the control has 0."""
-    distilled = final_metric(results, key, metric)
-    control = final_metric(results, key + _CONTROL_SUFFIX, metric)
-    return None if distilled is None or not control else (distilled - control) / control
-
-
-def protocol_line(results: dict) -> str:
-    """The protocol in one sentence, to stand beside every number."""
-    protocol, items = results["protocol"], results["dataset"]["items"]
-    ranking = (
-        f"ranked against all {items:,} items" if protocol["ranking"] == "full" else f"{protocol['ranking']} ranking"
-    )
-    split = protocol["split"].replace("_", "-")
-    return f"{split} split, {ranking}, seen items {protocol['seen_items']}, ties {protocol['ties']}"
-
-
-def number(value: float | None) -> str:
-    """A metric to four places, or a dash."""
-    return _DASH if value is None else f"{value:.4f}"
-
-
-def percent(share: float | None) -> str:
-    """A signed share in percent, or a dash."""
-    return _DASH if share is None else f"{100 * share:+.1f} %"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -193,8 +112,8 @@ def _test_table(results: dict) -> str:
     for key, name in FINAL_MODELS:
         values = [number(final_metric(results, key, metric)) for metric, _ in columns]
         rows.append((name, _final_round(results, key), *values))
-        if key.endswith(_CONTROL_SUFFIX):
-            model = key.removesuffix(_CONTROL_SUFFIX)
+        if key.endswith(CONTROL_SUFFIX):
+            model = key.removesuffix(CONTROL_SUFFIX)
             gains = [percent(relative_gain(results, model, metric)) for metric, _ in columns]
             rows.append((f"*{model.upper()}, gain*", "", *gains))
     return markdown_table(("model", "round", *(header for _, header in columns)), rows)
@@ -238,7 +157,7 @@ def _dataset_rows(dataset: dict) -> Iterable[tuple[str, str]]:
     }
     for key, (label, form) in formats.items():
         if key in dataset:
-            yield label, _DASH if dataset[key] is None else form(dataset[key])
+            yield label, DASH if dataset[key] is None else form(dataset[key])
     for key in dataset:
         if key not in formats:
             yield key.replace("_", " "), str(dataset[key])
@@ -249,22 +168,9 @@ def _seconds_rows(seconds: dict[str, float]) -> list[tuple[str, str]]:
     return [*rows, ("**all**", f"**{sum(seconds.values()):,.1f}**")]
 
 
-def _all_entries(results: dict) -> list[dict | None]:
-    finals = [results["final"].get(key) for key, _ in FINAL_MODELS]
-    return finals + [entry.get(key) for entry in results["rounds"] for key, _ in ROUND_MODELS]
-
-
-def _metric(entry: dict | None, split: str, metric: str) -> float | None:
-    return ((entry or {}).get(split) or {}).get(metric)
-
-
-def _distillation(entry: dict, student: str) -> dict:
-    return (entry.get("distillation") or {}).get(student) or {}
-
-
 def _final_round(results: dict, key: str) -> str:
     chosen = (results["final"].get(key) or {}).get("round")
-    return _DASH if chosen is None else str(chosen)
+    return DASH if chosen is None else str(chosen)
 
 
 def _count(value: int, noun: str) -> str:

@@ -17,7 +17,6 @@ from ..files import find_damage, write_manifest
 logger = logging.get_logger(__name__)
 
 STATE_NAME = "trainer_state.json"
-LOSS_SUMS_NAME = "loss_sums.json"
 
 
 def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:

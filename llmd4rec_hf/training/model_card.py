@@ -9,7 +9,6 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import datasets
 import torch
@@ -21,10 +20,7 @@ from .. import models
 from ..data import ItemVocabulary
 from ..evaluation.report import cell, markdown_table, number, protocol_line
 from ..models.backbone import ADAPTER_CONFIG_NAME
-
-
-if TYPE_CHECKING:
-    from .trainer import DistillationTrainer
+from .batching import HistoryTrainer
 
 
 TAGS = ("llmd4rec_hf", "recommender-system", "sequential-recommendation")
@@ -196,7 +192,9 @@ def _example(facts: CardFacts) -> str:
 # --- where the facts come from -----------------------------------------------------------------------------------
 
 
-def trainer_card(trainer: DistillationTrainer, model_name: str | None = None, dataset=None, **metadata) -> str:
+def trainer_card(
+    trainer: HistoryTrainer, has_teacher: bool, model_name: str | None = None, dataset=None, **metadata
+) -> str:
     """The card of a trainer's model, with the results of the best or else the last evaluation."""
     model, args, settings = trainer.accelerator.unwrap_model(trainer.model), trainer.args, trainer.settings
     repository = trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).name
@@ -212,7 +210,7 @@ def trainer_card(trainer: DistillationTrainer, model_name: str | None = None, da
     if settings.num_sampled_items is not None:
         rows["loss"] = f"over the true items and {settings.num_sampled_items:,} others, drawn for each step"
     training = "It was trained without a teacher."
-    if trainer.teacher is not None:
+    if has_teacher:
         rows["distillation"] = (
             f"KL weight {settings.kl_weight:g}, temperature {settings.temperature:g}, {settings.weighting} weighting"
         )
@@ -241,7 +239,7 @@ def _adapter_of(model) -> dict | None:
     return model.backbone.peft_config["default"].to_dict() if has_adapter else None
 
 
-def _logged_results(trainer: DistillationTrainer) -> dict[str, float]:
+def _logged_results(trainer: HistoryTrainer) -> dict[str, float]:
     evaluations = [entry for entry in trainer.state.log_history if any(name.startswith("eval_") for name in entry)]
     if not evaluations:
         return {}

@@ -6,6 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
+from transformers import TrainingArguments
+
+from ..errors import ConfigurationError
+
+
+OPTIMIZERS_BY_ROWS = ("adamw_torch", "adamw_torch_fused")
 
 
 class RowAdamW(torch.optim.AdamW):
@@ -72,6 +78,30 @@ def with_row_values(parameters: Iterable[torch.Tensor]) -> Iterator[torch.Tensor
         stand_in = torch.empty_like(parameter.grad.values())
         stand_in.grad = parameter.grad.values()
         yield stand_in
+
+
+def check_sparse_gradients(args: TrainingArguments, in_shards: bool) -> None:
+    """
+    Refuse arguments under which training cannot update the item matrix by rows.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): the arguments.
+        in_shards (`bool`): under FSDP or DeepSpeed.
+
+    Raises:
+        ConfigurationError: it cannot, because of its devices or its optimizer.
+    """
+    over_gloo = args.world_size == 1 or torch.distributed.get_backend() == "gloo"
+    if in_shards or args.n_gpu > 1 or not over_gloo:
+        raise ConfigurationError(
+            "num_sampled_items gives the item matrix a sparse gradient, which works in one process and in several "
+            "over gloo, but not over NCCL, in DataParallel, FSDP or DeepSpeed: train on one device, or leave it out."
+        )
+    if args.optim not in OPTIMIZERS_BY_ROWS:
+        raise ConfigurationError(
+            f"num_sampled_items updates the item matrix by rows, for which optim must be one of "
+            f"{OPTIMIZERS_BY_ROWS}, got {args.optim.value!r}."
+        )
 
 
 def _is_sparse(gradient: torch.Tensor | None) -> bool:

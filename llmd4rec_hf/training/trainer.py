@@ -8,16 +8,12 @@ import os
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
-from transformers.trainer_utils import HubStrategy, PredictionOutput, rotate_checkpoints, seed_worker
+from transformers import EarlyStoppingCallback, EvalPrediction, TrainingArguments
+from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
-from ..data import RankingCollator, SequenceCollator
-from ..data.arrow import column_array
 from ..distillation import (
     ListedScores,
     ListedTeacherCache,
@@ -33,26 +29,20 @@ from ..files import write_manifest
 from ..models import RecommenderModel
 from ..models.recommender import supervised
 from ..processes import on_main_process
-from .arguments import DistillationArguments, DistillationSettings
-from .checkpoints import LOSS_SUMS_NAME, last_whole_checkpoint, rehome
+from .batching import HistoryTrainer, has_lengths
+from .checkpoints import last_whole_checkpoint, rehome
 from .guard import StepGuard
 from .loss_chunks import LossChunks
+from .loss_sums import LOSS_SUMS_NAME, LossSums
 from .model_card import trainer_card
-from .sampler import LengthBucketSampler, LengthSortedSampler, PositionBudgetBatchSampler, SamplerEpoch
-from .sparse_rows import RowAdamW, with_row_values
+from .sparse_rows import RowAdamW, check_sparse_gradients, with_row_values
 
 
 # With an underscore in front, because pushes to the Hub leave such names out.
 TEACHER_CACHE_NAME = "_teacher_cache"
-OPTIMIZERS_BY_ROWS = ("adamw_torch", "adamw_torch_fused")
-LOSS_PARTS = ("cross_entropy", "kl", "weight_mean", "agreement")
-LOADER_OPTIONS = (
-    *("num_workers", "pin_memory", "persistent_workers"),
-    *("multiprocessing_context", "prefetch_factor", "in_order"),
-)
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(HistoryTrainer):
     """
     A [`~transformers.Trainer`] for a [`RecommenderModel`] that learns from the data and, if there is one, a teacher.
 
@@ -82,8 +72,6 @@ class DistillationTrainer(Trainer):
         ConfigurationError: a student that is no [`RecommenderModel`], or a teacher over another catalogue.
     """
 
-    arguments_class: type[TrainingArguments] = DistillationArguments
-    settings_class: type[DistillationSettings] = DistillationSettings
     # The loss below is divided by all that is accumulated already; both names, because releases differ in the one
     # they read.
     loss_is_scaled_for_ga = True
@@ -97,44 +85,25 @@ class DistillationTrainer(Trainer):
         teacher: RecommenderModel | TeacherCache | ListedTeacherCache | None = None,
         **kwargs,
     ):
-        if model is not None:
-            self._check_student(model)
-        args = args or self.arguments_class("trainer_output")
-        self.settings = self.settings_class.of(args)
         # Before `Trainer`'s own constructor, which may call `model_init`.
         self.teacher = teacher
         self._teacher_cache: StoredTeacher | None = None
         self._teacher_items: torch.Tensor | None = None
-        self._loss_sums: dict[str, torch.Tensor] = {}
-        self._loss_chunks = LossChunks(self.settings.loss_chunk_size)
-        self._batch_sampler: PositionBudgetBatchSampler | None = None
-        self._collates_by_model = kwargs.get("data_collator") is None
         kwargs.setdefault("compute_metrics", _ranking_metrics)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self.model_accepts_loss_kwargs = True
-        self._fit_collator(self.model)
+        self._loss_chunks = LossChunks(self.settings.loss_chunk_size)
+        self._loss_sums = LossSums(self.args.device)
         self.guard = StepGuard()
         self.add_callback(self.guard)
-        self._sampler_epoch = SamplerEpoch()
-        self.add_callback(self._sampler_epoch)
         if self.settings.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(self.settings.early_stopping_patience))
         if teacher is not None:
             self._check_teacher(teacher)
 
-    def _check_student(self, model) -> None:
-        if not isinstance(model, RecommenderModel):
-            raise ConfigurationError(f"{type(self).__name__} trains a RecommenderModel, got {type(model).__name__}.")
-
-    def _fit_collator(self, model: RecommenderModel) -> None:
-        if self._collates_by_model:
-            self.data_collator = SequenceCollator(max_length=model.config.max_length)
-
     def call_model_init(self, trial=None):
         """As in `Trainer`; the collator and what a teacher injects follow the new model."""
         model = super().call_model_init(trial)
-        self._check_student(model)
-        self._fit_collator(model)
         self._prepare_student(model)
         return model
 
@@ -151,82 +120,6 @@ class DistillationTrainer(Trainer):
             raise ConfigurationError(f"Teacher and student have different item vocabularies: {difference}.")
         if is_cache and isinstance(self.train_dataset, Dataset):
             teacher.check(dataset=self.train_dataset)
-
-    # --- data ----------------------------------------------------------------------------------------------------
-
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        # What the collator and the samplers read; the model's forward does not know all of them.
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "item_ids", "row_id", "length"]))
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None):
-        train_dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not self.settings.length_bucketing or not _has_lengths(train_dataset):
-            return super()._get_train_sampler(train_dataset)
-        rows = self.args.train_batch_size * self._batches_per_step
-        sampler = LengthBucketSampler(column_array(train_dataset, "length"), rows, self._sampler_seed)
-        self._sampler_epoch.sampler = sampler
-        return sampler
-
-    @property
-    def _batches_per_step(self) -> int:
-        """Batches of one optimizer step over all processes."""
-        return self.args.world_size * self.args.gradient_accumulation_steps
-
-    @property
-    def _sampler_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-    def get_train_dataloader(self) -> DataLoader:
-        """As in `Trainer`; with `max_positions_per_batch`, batches of as many rows as fit."""
-        if self.settings.max_positions_per_batch is None:
-            return super().get_train_dataloader()
-        self._batch_sampler = self._sampler_epoch.sampler = self._budgeted_batches()
-        # Releases of `Trainer` differ in which of them they know.
-        options = {name: getattr(self.args, f"dataloader_{name}", None) for name in LOADER_OPTIONS}
-        loader = DataLoader(
-            self._remove_unused_columns(self.train_dataset, description="training"),
-            batch_sampler=self._batch_sampler,
-            collate_fn=self.data_collator,
-            worker_init_fn=partial(seed_worker, num_workers=options["num_workers"], rank=self.args.process_index),
-            **{name: value for name, value in options.items() if value is not None},
-        )
-        return self.accelerator.prepare(loader)
-
-    def _budgeted_batches(self) -> PositionBudgetBatchSampler:
-        budget = self.settings.max_positions_per_batch
-        if not _has_lengths(self.train_dataset):
-            raise ConfigurationError(
-                f"max_positions_per_batch={budget} needs the lengths of all rows: a datasets.Dataset with a column "
-                f"length as the training set, got {type(self.train_dataset).__name__} without one."
-            )
-        positions = np.clip(column_array(self.train_dataset, "length") - 1, 1, self.model.config.max_length)
-        if isinstance(self.data_collator, SequenceCollator) and self.data_collator.pad_to_multiple_of:
-            positions += -positions % self.data_collator.pad_to_multiple_of
-        return PositionBudgetBatchSampler(
-            positions, budget, self.args.world_size, self._batches_per_step, self._sampler_seed
-        )
-
-    def _get_eval_sampler(self, eval_dataset: Dataset):
-        if not self.settings.length_bucketing or not _has_lengths(eval_dataset):
-            return super()._get_eval_sampler(eval_dataset)
-        return LengthSortedSampler(column_array(eval_dataset, "length"))
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        """As in `Trainer`; batches also carry each row's whole history, which the model may not read to the end."""
-        return self._with_history(super().get_eval_dataloader, eval_dataset)
-
-    def get_test_dataloader(self, test_dataset):
-        """As in `Trainer`; batches also carry each row's whole history, which the model may not read to the end."""
-        return self._with_history(super().get_test_dataloader, test_dataset)
-
-    def _with_history(self, get_dataloader, dataset):
-        collator = self.data_collator
-        self.data_collator = RankingCollator(collator)
-        try:
-            return get_dataloader(dataset)
-        finally:
-            self.data_collator = collator
 
     # --- training ------------------------------------------------------------------------------------------------
 
@@ -246,17 +139,17 @@ class DistillationTrainer(Trainer):
             # For its errors, which should not come after a teacher has been cached.
             self._budgeted_batches()
         if self._embedding_by_rows is not None:
-            self._check_sparse_gradients()
+            check_sparse_gradients(self.args, in_shards=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = on_main_process(lambda: last_whole_checkpoint(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ConfigurationError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
         self._prepare_teacher()
         self._prepare_student(self.model)
-        self._loss_sums = {}
+        self._loss_sums = LossSums(self.args.device)
         if resume_from_checkpoint:
             on_main_process(lambda: rehome(resume_from_checkpoint))
-            self._loss_sums = self._sums_of(resume_from_checkpoint)
+            self._loss_sums.resume(resume_from_checkpoint, self.is_world_process_zero())
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -268,29 +161,6 @@ class DistillationTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.guard.watch(loss)
         return loss
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As in `Trainer`; rows that are there a second time, to give every process as many, bear no labels."""
-        return super().get_batch_samples(self._without_repeats(epoch_iterator), num_batches, device)
-
-    def _without_repeats(self, batches):
-        progress = self.accelerator.gradient_state
-        for batch in batches:
-            if self.args.world_size > 1 and progress.end_of_dataloader and (remainder := self._remainder()) > 0:
-                # The last rows of an epoch, in the order of the processes, are followed by the first ones again.
-                rows = len(batch["labels"])
-                own = min(max(remainder - rows * self.args.process_index, 0), rows)
-                batch["labels"][own:] = -100
-            yield batch
-
-    def _remainder(self) -> int:
-        """Rows of an epoch that are left for its last batches over all processes; 0 or less if those are full."""
-        remainder = self.accelerator.gradient_state.remainder
-        may_repeat = self._batch_sampler is None and not self.args.dataloader_drop_last
-        if remainder < 0 and may_repeat and isinstance(self.train_dataset, Dataset):
-            # `accelerate` does not know it in an epoch that is resumed.
-            remainder = len(self.train_dataset) % self.callback_handler.train_dataloader.total_batch_size
-        return remainder
 
     def _prepare_teacher(self) -> None:
         if self.teacher is None:
@@ -349,7 +219,7 @@ class DistillationTrainer(Trainer):
         # Autocast ends with the model's forward, and most of a step's arithmetic is here.
         with self.accelerator.autocast():
             parts = self._loss_chunks.run(lambda size: loss_of_chunks(chunk_size=size), labels.numel())
-        self._record(parts, labels.numel(), divisor)
+        self._loss_sums.add(parts, labels.numel(), divisor, has_teacher=self._teacher_cache is not None)
         # Gradients are averaged over processes, and the divisor counts the positions of all of them.
         loss = parts.loss * self.accelerator.num_processes
         outputs.loss = loss
@@ -367,32 +237,17 @@ class DistillationTrainer(Trainer):
 
     def _loss_divisor(self, labels: torch.Tensor, num_items_in_batch) -> float | torch.Tensor:
         """Positions of one optimizer step over all processes: on average (`"dataset"`) or in this step (`"batch"`)."""
-        if self.settings.loss_normalization == "dataset" and _has_lengths(self.train_dataset):
+        if self.settings.loss_normalization == "dataset" and has_lengths(self.train_dataset):
             return self._rows_per_step * self._mean_positions
         if num_items_in_batch is not None:
             return num_items_in_batch
         return max(labels.numel(), 1) * self.accelerator.num_processes
 
-    @property
-    def _rows_per_step(self) -> float:
-        """Training rows of one optimizer step over all processes; under a budget of positions, on average."""
-        if self._batch_sampler is None:
-            return self.args.train_batch_size * self._batches_per_step
-        return len(self._batch_sampler.positions) / self._batch_sampler.steps_per_epoch
-
-    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """As in `Trainer`; under a budget of positions, on average."""
-        return super().get_total_train_batch_size(args) if self._batch_sampler is None else round(self._rows_per_step)
-
-    @property
-    def _mean_positions(self) -> float:
-        """Supervised positions per training row."""
-        max_length = self.model.config.max_length
-        if self.__dict__.get("_mean_positions_of") != (id(self.train_dataset), max_length):
-            positions = column_array(self.train_dataset, "length") - 1
-            self._mean_positions_value = float(np.minimum(positions, max_length).mean())
-            self._mean_positions_of = (id(self.train_dataset), max_length)
-        return self._mean_positions_value
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as `Trainer` does; training logs gain the means per position of the parts of the loss."""
+        if "loss" in logs:
+            logs = {**logs, **self._loss_sums.take_means(self.accelerator)}
+        super().log(logs, start_time)
 
     # --- a sample of the items -----------------------------------------------------------------------------------
 
@@ -418,21 +273,6 @@ class DistillationTrainer(Trainer):
         """The embedding that a step reads and updates only some rows of."""
         return None if self._num_negatives is None else self.model.tied_embedding
 
-    def _check_sparse_gradients(self) -> None:
-        args = self.args
-        over_gloo = args.world_size == 1 or torch.distributed.get_backend() == "gloo"
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or args.n_gpu > 1 or not over_gloo:
-            raise ConfigurationError(
-                "num_sampled_items gives the item matrix a sparse gradient, which works in one process and in several "
-                "over gloo, but not over NCCL, in DataParallel, FSDP or DeepSpeed: train on one device, or leave it "
-                "out."
-            )
-        if args.optim not in OPTIMIZERS_BY_ROWS:
-            raise ConfigurationError(
-                f"num_sampled_items updates the item matrix by rows, for which optim must be one of "
-                f"{OPTIMIZERS_BY_ROWS}, got {args.optim.value!r}."
-            )
-
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """As in `Trainer`; with `num_sampled_items` one that updates the item matrix by rows, [`RowAdamW`]."""
         if self._embedding_by_rows is not None:
@@ -450,31 +290,6 @@ class DistillationTrainer(Trainer):
             clip = self.accelerator.clip_grad_norm_
             self.accelerator.clip_grad_norm_ = lambda parameters, *args: clip(with_row_values(parameters), *args)
 
-    # --- logging -------------------------------------------------------------------------------------------------
-
-    def _record(self, parts, positions: int, divisor) -> None:
-        """Add up what `log` will report, without waiting for the device."""
-        names = LOSS_PARTS if self._teacher_cache is not None else LOSS_PARTS[:1]
-        for name in names:
-            # The first two are sums over positions divided by `divisor`, the others means over positions.
-            scale = divisor if name in LOSS_PARTS[:2] else positions
-            self._loss_sums[name] = self._loss_sums.get(name, 0.0) + getattr(parts, name) * scale
-        self._loss_sums["positions"] = self._loss_sums.get("positions", 0.0) + positions
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer` does; training logs gain the means per position of the parts of the loss."""
-        if self._loss_sums and "loss" in logs:
-            totals = self._sums_over_processes()
-            positions = totals.pop("positions")
-            logs = {**logs, **{name: total / max(positions, 1) for name, total in totals.items()}}
-            self._loss_sums = {}
-        super().log(logs, start_time)
-
-    def _sums_over_processes(self) -> dict[str, float]:
-        names = list(self._loss_sums)
-        sums = torch.stack([torch.as_tensor(self._loss_sums[name]).float().to(self.args.device) for name in names])
-        return dict(zip(names, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
-
     # --- evaluation ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -490,15 +305,6 @@ class DistillationTrainer(Trainer):
         loss = scores.nll.mean()
         return (loss, None, None) if prediction_loss_only else (loss, scores.ranks, targets)
 
-    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
-        """Ranks as `predictions` and true items as `label_ids`, both in the order of the rows, and the metrics."""
-        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
-        sampler = self._get_eval_sampler(test_dataset)
-        if not isinstance(sampler, LengthSortedSampler):
-            return output
-        back = np.argsort(sampler.order)
-        return output._replace(predictions=output.predictions[back], label_ids=output.label_ids[back])
-
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -508,7 +314,7 @@ class DistillationTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        sums = self._sums_over_processes() if self._loss_sums else {}
+        sums = self._loss_sums.over_processes(self.accelerator)
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
@@ -517,14 +323,6 @@ class DistillationTrainer(Trainer):
         (checkpoint / LOSS_SUMS_NAME).write_text(json.dumps(sums))
         write_manifest(checkpoint)
         rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=True)
-
-    def _sums_of(self, checkpoint: str) -> dict[str, torch.Tensor]:
-        """What `log` would have reported next, so that a stop in the middle leaves no gap in it."""
-        path = Path(checkpoint, LOSS_SUMS_NAME)
-        sums = json.loads(path.read_text()) if path.is_file() else {}
-        # They are of all processes together, and will be added up over them again.
-        share = float(self.is_world_process_zero())
-        return {name: torch.tensor(value * share, device=self.args.device) for name, value in sums.items()}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # `Trainer` pickles its arguments beside the weights, and pushes them: not with the token.
@@ -583,6 +381,7 @@ class DistillationTrainer(Trainer):
             return
         card = trainer_card(
             self,
+            self.teacher is not None,
             model_name,
             dataset,
             language=language,
@@ -607,7 +406,3 @@ def _ranking_metrics(prediction: EvalPrediction) -> dict[str, float]:
 def _attention_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The collator's mask; another collator may leave it out, since padding is 0."""
     return inputs["attention_mask"] if "attention_mask" in inputs else (inputs["item_ids"] != 0).long()
-
-
-def _has_lengths(dataset) -> bool:
-    return isinstance(dataset, Dataset) and "length" in dataset.column_names

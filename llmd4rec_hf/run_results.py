@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run's `results.json` holds, put together from the records of its phases."""
+
+from __future__ import annotations
+
+import platform
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset
+
+from .data import ItemVocabulary, data_hash
+from .data.arrow import column_array
+from .run_state import CONTROL, DISTILLED, Phase
+
+
+def assemble_results(
+    phases: dict[str, dict], final: dict, *, dataset: dict, protocol: dict, seed: int, has_controls: bool
+) -> dict:
+    """
+    A run's results, as [`~llmd4rec_hf.evaluation.results`] describes them.
+
+    Args:
+        phases (`dict[str, dict]`): the records of all phases, by their names.
+        final (`dict`): what the test of each side's best round came to.
+        dataset (`dict`): see [`dataset_entry`].
+        protocol (`dict`): see [`protocol_entry`].
+        seed (`int`): of the run.
+        has_controls (`bool`): whether both models were also trained without distillation.
+    """
+    return {
+        "dataset": dataset,
+        "protocol": protocol,
+        "seed": seed,
+        "versions": _versions(),
+        "rounds": [_round_entry(phases, number, has_controls) for number in rounds_of(phases, "crm")],
+        "final": final,
+        "seconds": {name: record["seconds"] for name, record in phases.items()},
+    }
+
+
+def dataset_entry(test: Dataset, vocabulary: ItemVocabulary, name: str, facts: dict | None) -> dict:
+    """
+    What there is to say about the data.
+
+    Args:
+        test ([`~datasets.Dataset`]): the test split, which holds all interactions.
+        vocabulary ([`ItemVocabulary`]): the items.
+        name (`str`): to be shown.
+        facts (`dict`, *optional*): what else is known, or known better.
+    """
+    return {
+        "name": name,
+        "users": len(test),
+        "items": len(vocabulary),
+        "interactions": int(column_array(test, "length").sum()),
+        "hash": data_hash(test),
+        **(facts or {}),
+    }
+
+
+def protocol_entry(split: str, seen_items: str) -> dict:
+    """What the metrics were measured by: how the data were split, and the trainers' `seen_items`."""
+    return {
+        "split": split,
+        "seen_items": "masked" if seen_items == "mask" else "kept",
+        "ties": "pessimistic",
+        "ranking": "full",
+    }
+
+
+def rounds_of(phases: dict[str, dict], side: str) -> list[int]:
+    """The rounds in which a side was trained, ascending."""
+    return sorted(int(name.split("-")[0]) for name in phases if name.endswith(f"-{side}-{DISTILLED}"))
+
+
+def _round_entry(phases: dict[str, dict], number: int, has_controls: bool) -> dict:
+    entry: dict = {"round": number, "crm": None, "llm": None, "crm_control": None, "llm_control": None}
+    entry["distillation"] = {}
+    for side in ("crm", "llm"):
+        for arm, key in ((DISTILLED, side), (CONTROL, f"{side}_control")):
+            record = phases.get(Phase(side, number, arm).name)
+            if record is not None:
+                entry[key] = {"validation": record["validation"], "test": None}
+        record = phases.get(Phase(side, number, DISTILLED).name)
+        entry["distillation"][side] = record["distillation"] if record and number else None
+    if number == 0 and has_controls:
+        entry["crm_control"] = entry["crm"]
+    return entry
+
+
+def _versions() -> dict[str, str]:
+    from . import __version__
+
+    return {
+        "llmd4rec_hf": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "datasets": datasets.__version__,
+    }
