@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmd4rec_hf import SASRecConfig, SASRecModel, TeacherCache, distillation_loss
-from llmd4rec_hf.distillation import loss as loss_module
+from llmd4rec_hf.distillation import walk
 from llmd4rec_hf.distillation.stored_rows import row_type
 from llmd4rec_hf.models import build_tiny_llm
 
@@ -110,7 +110,7 @@ def step(size: Size, inputs, **settings) -> None:
 def features(size: Size) -> dict[str, float]:
     """What a step's time is a sum of, each with a coefficient of its own: how often each thing is done."""
     scores = size.positions * size.items
-    chunks = -(-size.positions // loss_module.default_chunk_size(size.items, "cpu"))
+    chunks = -(-size.positions // walk.default_chunk_size(size.items, "cpu"))
     return {
         "score": scores,
         "score beside a teacher's": scores * (size.teacher_width > 0),
@@ -182,8 +182,8 @@ def loss_bytes(size: Size, device: str = "cpu") -> int:
     the item table outweighs them, in the backward pass that scales the gradients.
     """
     half = size.dtype == "bfloat16"
-    rows = min(size.positions, loss_module.default_chunk_size(size.items, device))
-    slice_rows = min(rows, loss_module._rows(loss_module._SLICE_BYTES, size.items, device))
+    rows = min(size.positions, walk.default_chunk_size(size.items, device))
+    slice_rows = min(rows, walk._rows(walk._SLICE_BYTES, size.items, device))
     widths = [size.width] + [size.teacher_width] * (size.teacher_width > 0)
     products = len(widths) * rows * size.items * (2 if half else 4)
     slices = (1 + len(widths) * half) * slice_rows * size.items * 4
@@ -323,7 +323,7 @@ class TensorTraffic(TorchDispatchMode):
 @functools.cache
 def bytes_per_score(width: int, teacher_width: int) -> float:
     """Bytes moved per position and item in half precision, in the smallest chunks: those of very large catalogues."""
-    rows = loss_module._MIN_CHUNK_ROWS
+    rows = walk._MIN_CHUNK_ROWS
     size = Size(16 * rows, 5000, width, teacher_width, "bfloat16")
     inputs = make_inputs(size)
     with TensorTraffic() as traffic:

@@ -19,15 +19,12 @@ from ..errors import ConfigurationError
 from .listed_scores import LOG_ZERO, ListedScores
 from .loss import (
     DistillationLoss,
-    LossSettings,
-    autocast_dtype,
     check_labels,
     check_lists,
     check_options,
-    default_slice_size,
     loss_of_walk,
-    sample_weights,
 )
+from .walk import LossSettings, autocast_dtype, default_slice_size, sample_weights
 from .weighting import TargetOutcome
 
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmd4rec_hf.distillation import DistillationLoss, ListedScores, distillation_loss, loss
-from llmd4rec_hf.distillation.loss import default_chunk_size
+from llmd4rec_hf.distillation import DistillationLoss, ListedScores, distillation_loss, walk
+from llmd4rec_hf.distillation.walk import default_chunk_size
 from llmd4rec_hf.errors import ConfigurationError
 from llmd4rec_hf.evaluation import target_ranks
 
@@ -527,9 +527,9 @@ def test_chunks_slices_and_blocks_change_nothing(monkeypatch, temperature, teach
     half = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16")
     with half:
         expected, expected_grads = chunked(given, teacher, temperature=temperature)
-        monkeypatch.setitem(loss._SLICE_BYTES, "cpu", 2 * 4 * N)  # two rows
-        monkeypatch.setattr(loss, "_SCORE_BLOCK_BYTES", 3 * 4 * D)  # three items
-        monkeypatch.setattr(loss, "_GRADIENT_BLOCK_BYTES", 5 * 4 * D)  # five
+        monkeypatch.setitem(walk._SLICE_BYTES, "cpu", 2 * 4 * N)  # two rows
+        monkeypatch.setattr(walk, "_SCORE_BLOCK_BYTES", 3 * 4 * D)  # three items
+        monkeypatch.setattr(walk, "_GRADIENT_BLOCK_BYTES", 5 * 4 * D)  # five
         actual, grads = chunked(given, teacher, temperature=temperature, chunk_size=5)
     rounding = {"rtol": 2e-2, "atol": 2e-3} if precision == "bfloat16" else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(grads, expected_grads, **rounding)

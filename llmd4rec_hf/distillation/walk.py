@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The walk over the positions that a loss over all items is made of: chunks of scores, and what becomes of them.
+
+On a CPU half of the time goes into matrix products, and most of the rest into reading and writing scores: hence the
+sizes below, the powers of two, and the buffers that are written over as soon as they are not needed any more.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .listed_scores import ListedScores
+from .weighting import WEIGHTINGS, TargetOutcome, rank_weights
+
+
+# Bytes of one chunk x items buffer in float32, of which a step holds one per model. Matrix products ask for tall
+# chunks, and so does the gradient of the item matrix, which is read and written once per chunk.
+_CHUNK_BYTES = {"cpu": 12 << 20, "cuda": 256 << 20}
+_MIN_CHUNK_ROWS = 64
+# Bytes of one slice x items buffer, of which a step holds three at most. On a CPU they should stay in the caches; on a
+# GPU launch overhead asks for more.
+_SLICE_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+# Bytes of items that go into one float32 product of scores on a CPU: those of a whole catalogue at once take up to
+# twice as long, since MKL first repacks them all into memory of its own.
+_SCORE_BLOCK_BYTES = 256 << 10
+# Bytes of the item matrix's gradient in float32 that one half-precision product on a CPU adds to: the product, and its
+# copy in float32, are then added while they are in the caches, and need no memory to speak of.
+_GRADIENT_BLOCK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What a walk over the positions has to know; the arguments of [`distillation_loss`] have the same names."""
+
+    temperature: float
+    kl_weight: float
+    weighting: str
+    rank_base: int
+    scale_by_temperature_squared: bool
+    chunk_size: int
+    matmul_dtype: torch.dtype
+
+    @property
+    def kl_scale(self) -> float:
+        return self.temperature**2 if self.scale_by_temperature_squared else 1.0
+
+    @property
+    def exponent_scale(self) -> float:
+        """What makes a score an exponent to the base 2 of its softened distribution."""
+        return 1 / (self.temperature * math.log(2))
+
+
+def default_chunk_size(num_items: int, device: torch.device | str) -> int:
+    """Rows per chunk so that one chunk x items buffer of float32 stays within the device's budget."""
+    return max(_MIN_CHUNK_ROWS, _rows(_CHUNK_BYTES, num_items, device))
+
+
+def default_slice_size(num_items: int, device: torch.device | str) -> int:
+    """Rows per slice, likewise for what is computed between matrix products."""
+    return _rows(_SLICE_BYTES, num_items, device)
+
+
+def _rows(budgets: dict[str, int], num_items: int, device: torch.device | str) -> int:
+    return max(1, budgets.get(torch.device(device).type, budgets["cuda"]) // (4 * num_items))
+
+
+class Walk:
+    """
+    One pass over all positions. Matrix products are taken in chunks of many rows, which they want; everything between
+    them in slices of few, which stay in the caches of a CPU. Nothing but float32 is computed with between products.
+
+    Attributes:
+        ranks (two `torch.LongTensor` of shape `(P,)`): the true items' under the student and under the teacher.
+        cross_entropy, kl, weights, agreement (`torch.FloatTensor` of shape `(P,)`): as in [`DistillationLoss`], per
+            position and undivided.
+        gradients (`tuple` of two `torch.FloatTensor`, *optional*): of the summed loss for hidden states and items.
+    """
+
+    def __init__(self, hidden, item_matrix, need_gradients, *, labels, teacher, teacher_item_matrix, settings):
+        positions, num_items = hidden.shape[0], item_matrix.shape[0] - 1
+        self.settings, self.labels = settings, labels
+        self.chunk_rows = max(1, min(settings.chunk_size, positions))
+        self.slice_rows = min(self.chunk_rows, default_slice_size(num_items, hidden.device))
+        sizes = settings.matmul_dtype, self.chunk_rows, self.slice_rows
+        self.student = _Side(hidden, item_matrix, *sizes)
+        self.teacher = None
+        if isinstance(teacher, ListedScores):
+            self.teacher = _ListedSide(teacher, num_items, self.slice_rows)
+        elif teacher is not None:
+            self.teacher = _Side(teacher, teacher_item_matrix, *sizes)
+        empty = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
+        self.buffer = empty(self.slice_rows, num_items)
+        self.ranks = [labels.new_zeros(positions) for _ in range(2)]
+        self.cross_entropy, self.kl, self.weights, self.agreement = empty(4, positions).zero_()
+        self.gradients = (empty(hidden.shape), empty(item_matrix.shape).zero_()) if need_gradients else None
+
+    def run(self) -> None:
+        """Fill the attributes."""
+        positions = len(self.labels)
+        for start in range(0, positions, self.chunk_rows):
+            chunk = slice(start, min(start + self.chunk_rows, positions))
+            self.student.multiply(chunk, self.labels)
+            if self.teacher is not None:
+                self.teacher.multiply(chunk, self.labels)
+            for first in range(start, chunk.stop, self.slice_rows):
+                self._add_slice(slice(first, min(first + self.slice_rows, chunk.stop)))
+            if self.gradients is not None:
+                self.student.add_gradients(*self.gradients)
+
+    def _add_slice(self, part: slice) -> None:
+        """One slice's losses and ranks. Its scores in the student's products give way to their gradient."""
+        targets, scale = self.labels[part, None] - 1, self.settings.exponent_scale
+        buffer = self.buffer[: len(targets)]
+        student = _Exponents.of(self.student.scores(part), targets, scale, buffer)
+        self.ranks[0][part] = student.ranks
+        if self.teacher is None:
+            numerators = student.powers.exp2_()
+        else:
+            teacher = _Exponents.of(self.teacher.scores(part), targets, scale, buffer)
+            self.ranks[1][part] = teacher.ranks
+            numerators, kl_factors = self._add_kl(part, student, teacher, buffer)
+        normalizers = numerators.sum(dim=1, keepdim=True)
+        self.cross_entropy[part] = normalizers.squeeze(1).log() - student.target / scale
+        if self.gradients is None:
+            return
+        gradient = numerators.scatter_add_(1, targets, -normalizers).mul_(normalizers.reciprocal())
+        if self.teacher is not None:
+            gradient.addcmul_(buffer, kl_factors)
+        self.student.replace_scores(part, gradient)
+
+    def _add_kl(self, part, student, teacher, buffer):
+        """
+        One slice's KL, weights and agreement. Returns the numerators of the student's plain softmax, and factors of
+        shape `(rows, 1)` that make KL's gradient for the student's scores of what `buffer` then holds.
+        """
+        temperature, kl_scale = self.settings.temperature, self.settings.kl_scale
+        teacher_softened = torch.exp2(teacher.powers, out=buffer)
+        teacher_sums = teacher_softened.sum(dim=1)
+        # KL(p || q) = sum_i p_i (t_i - s_i) / T - lse(t / T) + lse(s / T)
+        cross = teacher.powers.sub_(student.powers).mul_(teacher_softened).sum(dim=1).div_(teacher_sums)
+        softened = torch.exp2(student.powers, out=teacher.powers)
+        sums = softened.sum(dim=1)
+        kl = cross * math.log(2) - teacher_sums.log() + sums.log()
+        weights = sample_weights(student.outcome(sums), teacher.outcome(teacher_sums), self.settings)
+        self.weights[part] = weights
+        self.kl[part] = weights * kl * kl_scale
+        ratios = (sums / teacher_sums).unsqueeze(1)
+        difference = torch.addcmul(softened, teacher_softened, ratios, value=-1, out=buffer)
+        if temperature == 1:
+            numerators, spare = softened, student.powers
+        elif temperature == 2 and self.settings.kl_weight:
+            # The default, and a square costs less than a power; but its rounding is another, and with a weight of
+            # zero the gradients are to be those of cross-entropy alone, bit for bit.
+            numerators, spare = torch.mul(softened, softened, out=student.powers), softened
+        else:
+            numerators, spare = student.powers.mul_(temperature).exp2_(), softened
+        # sum_i min(p_i, q_i) = 1 - sum_i |p_i - q_i| / 2
+        self.agreement[part] = (1 - torch.abs(difference, out=spare).sum(dim=1) / (2 * sums)).clamp_min_(0)
+        return numerators, (weights * (self.settings.kl_weight * kl_scale / temperature) / sums).unsqueeze(1)
+
+
+class _Side:
+    """One model's hidden states and items (without padding), and a chunk of their products in the products' dtype."""
+
+    def __init__(self, hidden, item_matrix, dtype: torch.dtype, chunk_rows: int, slice_rows: int):
+        self.exact_hidden, self.exact_items = hidden.detach(), item_matrix[1:].detach()
+        self.hidden, self.items = self.exact_hidden.to(dtype), self.exact_items.to(dtype)
+        self.products = self.items.new_empty(chunk_rows, len(self.items))
+        self.rounded = dtype != torch.float32
+        self.buffer = self.items.new_empty(slice_rows, len(self.items), dtype=torch.float32) if self.rounded else None
+
+    def multiply(self, chunk: slice, labels: torch.Tensor) -> None:
+        """Take the scores of another chunk."""
+        self.chunk = chunk
+        hidden, out = self.hidden[chunk], self.rows(chunk)
+        if not self.rounded:
+            block = self._block(_SCORE_BLOCK_BYTES)
+            for items, scores in zip(self.items.split(block), out.split(block, dim=1), strict=True):
+                torch.mm(hidden, items.T, out=scores)
+            return
+        torch.mm(hidden, self.items.T, out=out)
+        # Rounded, the true item would tie with many others: both its loss and its rank want its score exact.
+        self.targets = labels[chunk, None] - 1
+        own = self.exact_items[self.targets.squeeze(1)].float()
+        self.target_scores = torch.linalg.vecdot(self.exact_hidden[chunk].float(), own).unsqueeze(1)
+
+    def rows(self, part: slice, of: torch.Tensor | None = None) -> torch.Tensor:
+        """The rows of the products, or of another tensor of the chunk, that belong to a part of the positions."""
+        return (self.products if of is None else of)[part.start - self.chunk.start : part.stop - self.chunk.start]
+
+    def scores(self, part: slice) -> torch.Tensor:
+        """Scores of a slice in float32, to be written over."""
+        scores = self.rows(part)
+        if not self.rounded:
+            return scores
+        exact = self.rows(part, self.targets), self.rows(part, self.target_scores)
+        return self.buffer[: len(scores)].copy_(scores).scatter_(1, *exact)
+
+    def replace_scores(self, part: slice, gradient: torch.Tensor) -> None:
+        """Put the gradient of a slice's scores in their place, if it is not there yet."""
+        scores = self.rows(part)
+        if scores.data_ptr() != gradient.data_ptr():
+            scores.copy_(gradient)
+
+    def add_gradients(self, grad_hidden: torch.Tensor, grad_items: torch.Tensor) -> None:
+        """From the gradient of the chunk's scores, in their place, to those of hidden states and item matrix."""
+        gradient, hidden = self.rows(self.chunk), self.hidden[self.chunk]
+        if self.rounded:
+            grad_hidden[self.chunk] = torch.mm(gradient, self.items)
+            block = self._block(_GRADIENT_BLOCK_BYTES)
+            for grad_block, columns in zip(grad_items[1:].split(block), gradient.split(block, dim=1), strict=True):
+                grad_block += torch.mm(columns.T, hidden)
+        else:
+            torch.mm(gradient, self.items, out=grad_hidden[self.chunk])
+            grad_items[1:].addmm_(gradient.T, hidden)
+
+    def _block(self, size: int) -> int:
+        """Items whose rows take so many bytes in float32; all of them on a device that gains nothing from blocks."""
+        num_items, width = self.items.shape
+        return max(1, size // (4 * width)) if self.items.device.type == "cpu" else num_items
+
+
+class _ListedSide:
+    """A teacher that is known by its lists: what the walk asks of a [`_Side`] that gets no gradient."""
+
+    def __init__(self, lists: ListedScores, num_items: int, slice_rows: int):
+        self.lists, self.num_items = lists, num_items
+        self.buffer = lists.log_probs.new_empty(slice_rows, num_items + 1, dtype=torch.float32)
+
+    def multiply(self, chunk: slice, labels: torch.Tensor) -> None:
+        """Nothing: no product leads to its scores."""
+
+    def scores(self, part: slice) -> torch.Tensor:
+        """Scores of a slice in float32, to be written over."""
+        return self.lists[part].dense(self.num_items, out=self.buffer[: part.stop - part.start])
+
+
+@dataclass
+class _Exponents:
+    """
+    A slice of scores as exponents to the base 2, which cost a third of those to the base e on a CPU.
+
+    Attributes:
+        powers (`torch.Tensor` of shape `(rows, N)`): `2**powers` are the numerators of the softened distribution; the
+            largest of a row is 1.
+        target (`torch.Tensor` of shape `(rows,)`): the true item's.
+        ranks (`torch.LongTensor` of shape `(rows,)`): the true item's rank.
+    """
+
+    powers: torch.Tensor
+    target: torch.Tensor
+    ranks: torch.Tensor
+
+    @classmethod
+    def of(cls, scores: torch.Tensor, targets: torch.Tensor, scale: float, buffer: torch.Tensor) -> _Exponents:
+        """From scores, in their place."""
+        # Counting "at least as good" counts the target itself once and every tie against it. Floats are compared and
+        # added up six times faster than booleans, and whole numbers exactly up to 2**24.
+        exact = torch.float32 if scores.shape[1] < 2**24 else torch.float64
+        ranks = torch.ge(scores, scores.gather(1, targets), out=buffer).sum(dim=1, dtype=exact).long()
+        powers = torch.add(scores.amax(dim=1, keepdim=True) * -scale, scores, alpha=scale, out=scores)
+        return cls(powers, powers.gather(1, targets).squeeze(1), ranks)
+
+    def outcome(self, sums: torch.Tensor) -> TargetOutcome:
+        """What becomes of the true items, given the sums of the numerators."""
+        return TargetOutcome(self.ranks, self.target * math.log(2) - sums.log())
+
+
+def autocast_dtype(device_type: str) -> torch.dtype:
+    """The dtype of matrix products: float32 but under autocast."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else torch.float32
+
+
+def sample_weights(student: TargetOutcome, teacher: TargetOutcome, settings: LossSettings) -> torch.Tensor:
+    """How much the student listens at each position, of shape `(P,)`."""
+    if settings.weighting == "rank":
+        return rank_weights(student.ranks, teacher.ranks, settings.rank_base)
+    return WEIGHTINGS[settings.weighting](student, teacher)
