@@ -44,18 +44,21 @@ def per_user(ranks: np.ndarray) -> np.ndarray:
     return (ranks <= 10) / np.log2(ranks + 1)
 
 
-def paired_p(model: list[tuple[dict, np.ndarray]], control: list[tuple[dict, np.ndarray]]) -> float:
+def compare(
+    model: list[tuple[dict, np.ndarray]], control: list[tuple[dict, np.ndarray]]
+) -> tuple[float, float] | None:
     """
-    Two-sided p of a paired test over users: is the mean difference of NDCG@10, averaged over the seeds that both have,
-    zero? With thousands of users the statistic is normal.
+    The relative gain in NDCG@10 over the seeds that both have, and the two-sided p of a paired test over users: is the
+    mean difference, averaged over those seeds, zero? With thousands of users the statistic is normal.
     """
     of_control = {result["seed"]: ranks for result, ranks in control}
     pairs = [(ranks, of_control[result["seed"]]) for result, ranks in model if result["seed"] in of_control]
-    differences = np.mean([per_user(mine) - per_user(theirs) for mine, theirs in pairs], axis=0)
-    deviation = differences.std(ddof=1)
-    if deviation == 0:
-        return 1.0
-    return math.erfc(abs(differences.mean()) / deviation * math.sqrt(len(differences)) / math.sqrt(2))
+    if not pairs:
+        return None
+    mine, theirs = (np.mean([per_user(ranks) for ranks in of], axis=0) for of in zip(*pairs, strict=True))
+    deviation = (mine - theirs).std(ddof=1)
+    statistic = abs((mine - theirs).mean()) / deviation * math.sqrt(len(mine)) if deviation else 0.0
+    return mine.mean() / theirs.mean() - 1, math.erfc(statistic / math.sqrt(2))
 
 
 def _spread(values: list[float]) -> str:
@@ -69,10 +72,8 @@ def _row(name: str, runs: dict) -> str:
     own = SPECIFICATION["models"][name]
     control = own.get("control")
     gain, p = "", ""
-    if control in runs:
-        base = statistics.mean(result["test"]["mask"][METRIC] for result, _ in runs[control])
-        gain = f"{statistics.mean(test['mask'][METRIC] for test in tests) / base - 1:+.1%}"
-        p = f"{paired_p(runs[name], runs[control]):.1g}"
+    if control in runs and (found := compare(runs[name], runs[control])):
+        gain, p = f"{found[0]:+.1%}", f"{found[1]:.1g}"
     slices = [
         statistics.mean(r["slices"][part][METRIC] for r in results) for part in ("short histories", "rare items")
     ]
