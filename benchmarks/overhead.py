@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from common import TRAINED_POWER, beauty_like_rows, make_teacher, write_result
+from crm_training import common_arguments
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from llmd4rec_hf import (
@@ -121,15 +122,7 @@ def llm_builders(rows, cache: TeacherCache, shared: dict) -> dict:
 
 def measure(rows, folder: Path, options) -> tuple[dict, dict]:
     """Times of all variants, and of each teacher the width that is stored."""
-    shared = {
-        "output_dir": str(folder / "run"),
-        "max_steps": options.steps + 1,
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": options.bf16,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "report_to": "none",
-    }
+    shared = common_arguments(folder / "run", options.bf16) | {"max_steps": options.steps + 1}
     caches = {
         name: TeacherCache.build(make_teacher(ITEMS, width, power), rows, folder / name, max_error=max_error)
         for name, (width, power, max_error) in TEACHERS.items()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from common import TRAINED_POWER, beauty_like_rows, make_teacher, matmul_rate, write_result
+from crm_training import common_arguments
 from overhead import ITEMS, LLMS, ROWS, make_crm, make_llm
 from transformers import PrinterCallback, TrainerCallback
 
@@ -129,15 +130,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = beauty_like_rows(ITEMS, ROWS)
     with tempfile.TemporaryDirectory() as name:
-        shared = {
-            "output_dir": str(Path(name) / "run"),
-            "max_steps": options.steps,
-            "use_cpu": not torch.cuda.is_available(),
-            "bf16": options.bf16,
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "report_to": "none",
-        }
+        shared = common_arguments(Path(name) / "run", options.bf16) | {"max_steps": options.steps}
         of_crm = TeacherCache.build(make_teacher(ITEMS, 64), rows, Path(name) / "crm")
         of_llm = TeacherCache.build(
             make_teacher(ITEMS, 1024, TRAINED_POWER),

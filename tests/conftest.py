@@ -28,6 +28,7 @@ import pandas as pd  # noqa: E402
 from transformers import set_seed  # noqa: E402
 
 from llmd4rec_hf import (  # noqa: E402
+    CRMArguments,
     ItemVocabulary,
     LLMRecommender,
     SASRecConfig,
@@ -119,5 +120,22 @@ def make_llm(vocabulary):
         return LLMRecommender.from_backbone(
             backbone, NUM_ITEMS, 8, tokenizer=tokenizer, prompt="title of {history} thing", max_length=6, **settings
         )
+
+    return make
+
+
+@pytest.fixture
+def make_arguments(tmp_path):
+    """Arguments of a short training that saves nothing, in a folder of the test's own."""
+
+    def make(name: str = "run", kind=CRMArguments, **settings):
+        defaults = {
+            "use_cpu": True,
+            "num_train_epochs": 2,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+        }
+        return kind(str(tmp_path / name), **{**defaults, **settings})
 
     return make

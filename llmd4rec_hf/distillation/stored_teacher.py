@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ VOCABULARY_NAME = "vocabulary.json"
 _FACTS = {"num_items", "max_length", "positions", "data_hash", "teacher_hash", "shards", "files"}
 
 
-class StoredTeacher:
+class StoredTeacher(ABC):
     """
     What caches of a teacher have in common: the folder, its manifest with checksums, and where a position's record
     lies in memory-mapped shards.
@@ -133,9 +134,9 @@ class StoredTeacher:
             )
         return self._unpack(self._gather(index), labels.device)
 
+    @abstractmethod
     def _unpack(self, rows: np.ndarray, device: torch.device | str) -> Any:
         """What `lookup` gives for records."""
-        raise NotImplementedError
 
     def _check_rows(self, ids: np.ndarray) -> None:
         held = (ids >= 0) & (ids < len(self._offsets) - 1)
@@ -254,14 +255,14 @@ class StoredTeacher:
         return None
 
     @staticmethod
+    @abstractmethod
     def _row_type(facts: dict) -> np.dtype:
         """What one position takes on disk."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def _hash_of(teacher) -> str:
         """What tells a teacher from others."""
-        raise NotImplementedError
 
 
 def position_counts(dataset: Dataset, max_length: int) -> np.ndarray:

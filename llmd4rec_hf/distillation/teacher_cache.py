@@ -122,9 +122,9 @@ class TeacherCache(StoredTeacher):
             return _write_items(teacher, dataset, folder, collator, batch_size, max_error)
 
         def encode(folder, order):
-            projection = _stored_projection(folder)
+            projection = _stored_projection(folder, teacher.device)
             for row_ids, positions, hidden in _encoded(teacher, dataset, order, collator, batch_size):
-                hidden = hidden if projection is None else hidden.float() @ projection.to(hidden.device)
+                hidden = hidden if projection is None else hidden.float() @ projection
                 yield row_ids, positions, pack(hidden)
 
         return cls._build(directory, dataset, teacher, collator.max_length, begin, encode)
@@ -223,10 +223,10 @@ def _first_rows(order: np.ndarray, counts: np.ndarray, positions: int) -> np.nda
     return rows[np.argsort(-counts[rows])]
 
 
-def _stored_projection(directory: Path) -> torch.Tensor | None:
+def _stored_projection(directory: Path, device: torch.device) -> torch.Tensor | None:
     """What takes the teacher's hidden states to the stored width, if anything has to."""
     with safe_open(directory / ITEM_MATRIX_NAME, "pt") as file:
-        return file.get_tensor("projection") if "projection" in file.keys() else None  # noqa: SIM118
+        return file.get_tensor("projection").to(device) if "projection" in file.keys() else None  # noqa: SIM118
 
 
 @torch.no_grad()

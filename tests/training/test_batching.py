@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch._dynamo
+from trained import losses, weights
 from transformers import TrainerCallback
 
 from llmd4rec_hf import CRMArguments, CRMTrainer, MutualDistillArguments, MutualDistillTrainer, SequenceCollator
@@ -16,27 +18,8 @@ from llmd4rec_hf.errors import ConfigurationError
 
 
 @pytest.fixture
-def arguments(tmp_path):
-    def make(name: str = "run", kind=CRMArguments, **settings):
-        defaults = {
-            "use_cpu": True,
-            "num_train_epochs": 2,
-            "max_positions_per_batch": 24,
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            "save_strategy": "no",
-        }
-        return kind(str(tmp_path / name), **{**defaults, **settings})
-
-    return make
-
-
-def losses(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def weights(model) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+def arguments(make_arguments):
+    return partial(make_arguments, max_positions_per_batch=24)
 
 
 def test_batches_keep_to_the_budget_and_hold_each_row_once(make_crm, arguments, splits):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig
+from trained import losses
 from transformers import BitsAndBytesConfig, set_seed
 
 from llmd4rec_hf import LLMRecommender, MutualDistillArguments, MutualDistillTrainer, SequenceCollator
@@ -67,10 +68,6 @@ def hidden(model, splits):
     batch = SequenceCollator(max_length=6)(splits["test"].to_list())
     ids = batch["item_ids"].to(model.device)
     return model.eval().encode(ids, batch["attention_mask"].to(model.device))
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("device", DEVICES)

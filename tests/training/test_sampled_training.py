@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from trained import losses, weights
 
 from llmd4rec_hf import (
     CRMArguments,
@@ -23,35 +25,14 @@ from llmd4rec_hf.training.sparse_rows import RowAdamW
 
 
 @pytest.fixture
-def arguments(tmp_path):
-    def make(name: str = "run", kind=CRMArguments, **settings):
-        defaults = {
-            "use_cpu": True,
-            "num_train_epochs": 2,
-            "per_device_train_batch_size": 8,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "num_sampled_items": 5,
-        }
-        return kind(str(tmp_path / name), **{**defaults, **settings})
-
-    return make
-
-
-def weights(model) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+def arguments(make_arguments):
+    return partial(make_arguments, per_device_train_batch_size=8, learning_rate=1e-2, num_sampled_items=5)
 
 
 def train(model, args, splits, teacher=None, kind=CRMTrainer, **kwargs):
     trainer = kind(model, args, splits["train"], splits["validation"], teacher=teacher, **kwargs)
     trainer.train()
     return trainer
-
-
-def losses(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_one_step_equals_the_loss_written_out(make_crm, arguments, splits):

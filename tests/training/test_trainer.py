@@ -3,15 +3,16 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from trained import weights
 
 from llmd4rec_hf import (
-    CRMArguments,
     CRMTrainer,
     ItemVocabulary,
     MutualDistillArguments,
@@ -26,23 +27,8 @@ from llmd4rec_hf.errors import CacheError, ConfigurationError
 
 
 @pytest.fixture
-def arguments(tmp_path):
-    def make(name: str = "run", **settings) -> CRMArguments:
-        defaults = {
-            "use_cpu": True,
-            "num_train_epochs": 2,
-            "per_device_train_batch_size": 8,
-            "disable_tqdm": True,
-            "logging_nan_inf_filter": False,
-            "save_strategy": "no",
-        }
-        return CRMArguments(str(tmp_path / name), **{**defaults, **settings})
-
-    return make
-
-
-def weights(model) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+def arguments(make_arguments):
+    return partial(make_arguments, per_device_train_batch_size=8, logging_nan_inf_filter=False, logging_steps=500)
 
 
 def train(model, args, splits, teacher=None, **kwargs):
