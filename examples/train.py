@@ -55,7 +55,7 @@ from llmd4rec_hf.evaluation.report import summary_table  # noqa: E402
 from llmd4rec_hf.hub import push_run  # noqa: E402
 from llmd4rec_hf.models import build_tiny_llm  # noqa: E402
 from llmd4rec_hf.models.prompt import DEFAULT_PROMPT  # noqa: E402
-from llmd4rec_hf.mutual_distillation import FRESH_STUDENTS  # noqa: E402
+from llmd4rec_hf.mutual_distillation import CRM_TEACHERS, FRESH_STUDENTS  # noqa: E402
 
 
 FLOORS = ("popularity", "item_knn")
@@ -95,12 +95,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lora_r", type=int, default=16, help="rank of the LoRA adapter; 0 trains the whole LLM, as tiny always does")
     add("--llm_dropout", type=float, default=0.1, help="of soft tokens and of hidden states before the item head")
     flag("--item_text", help="titles join items in the LLM")
+    flag("--title_vectors", help="the CRM begins with item vectors made of titles; goes with --item_text")
     add("--prompt", default=DEFAULT_PROMPT, help="text around {history}")
     add("--supervision", default="all_positions", choices=["all_positions", "last_position"], help="of the LLM")
     add("--rounds", type=int, default=3, help="most rounds")
     flag("--controls", default=True, help="also train without distillation")
     add("--refresh", default="copy", choices=["copy", "off"], help="the LLM's item vectors at every round")
     add("--fresh_students", default="none", choices=list(FRESH_STUDENTS), help="who starts anew in every round")
+    add("--crm_teachers", default="llm", choices=list(CRM_TEACHERS), help="the LLM, or also the CRM of the last round")
     add("--output_dir", required=True, help="where the run lives")
     add("--seed", type=int, default=42)
     flag("--use_cpu", help="even if there is an accelerator")
@@ -120,6 +122,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, CRMArguments, MutualDist
         options, rest = parser.parse_known_args(argv)
     if options.push_to_hub and not options.hub_model_id:
         parser.error("--push_to_hub needs --hub_model_id USER/NAME")
+    if options.title_vectors and not options.item_text:
+        parser.error("--title_vectors needs --item_text: the titles are those that the LLM reads")
     return options, *(_side_arguments(parser, options, rest, side) for side in SIDES)
 
 
@@ -254,12 +258,15 @@ def run(argv: list[str], console: Console) -> dict:
     set_seed(options.seed)
     crm = build_crm(options, vocabulary)
     llm = build_llm(options, vocabulary, item_dim=crm.item_matrix().shape[1])
+    if options.title_vectors:
+        crm.set_item_vectors(llm.title_vectors())
     config = MutualDistillationConfig(
         output_dir=options.output_dir,
         rounds=options.rounds,
         controls=options.controls,
         refresh=options.refresh,
         fresh_students=options.fresh_students,
+        crm_teachers=options.crm_teachers,
         seed=options.seed,
         dataset_name=Path(options.dataset).name,
         dataset_facts=dataset_facts(data.card),

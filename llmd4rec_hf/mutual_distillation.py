@@ -26,7 +26,7 @@ from .errors import ConfigurationError
 from .evaluation import ranking_metrics
 from .evaluation.report import write_report
 from .files import storage_errors_named, whole_folder, write_json, write_manifest
-from .models import LLMRecommender, RecommenderModel
+from .models import LLMRecommender, RecommenderEnsemble, RecommenderModel
 from .processes import on_main_process
 from .run_results import assemble_results, dataset_entry, protocol_entry, rounds_of
 from .run_state import (
@@ -59,6 +59,7 @@ logger = logging.get_logger(__name__)
 RESULTS_NAME = "results.json"
 METRIC = "ndcg@10"
 REFRESH_MODES = ("copy", "off")
+CRM_TEACHERS = ("llm", "both")
 FRESH_STUDENTS = {"none": (), "llm": ("llm",), "crm": ("crm",), "both": ("llm", "crm")}
 
 
@@ -77,6 +78,9 @@ class MutualDistillationConfig:
         fresh_students (`str`, *optional*, defaults to `"none"`): which side begins every round with its initial
             weights instead of those of its last round: `"none"` (the paper's), `"llm"`, `"crm"` or `"both"`. A large
             student that has overfitted once learns more from a better teacher when it begins anew.
+        crm_teachers (`str`, *optional*, defaults to `"llm"`): whom the CRM learns from: the LLM of its round (the
+            paper's), or `"both"`, the mean of that and of the CRM of the round before ([`RecommenderEnsemble`]), which
+            is better than either while the two still differ.
         tolerance (`float`, *optional*, defaults to 0.0): stop when, in a round, neither model's best validation
             NDCG@10 rose by more than this.
         seed (`int`, *optional*, defaults to 42): of the run; each round derives its own.
@@ -90,6 +94,7 @@ class MutualDistillationConfig:
     controls: bool = True
     refresh: str = "copy"
     fresh_students: str = "none"
+    crm_teachers: str = "llm"
     tolerance: float = 0.0
     seed: int = 42
     dataset_name: str = ""
@@ -104,6 +109,10 @@ class MutualDistillationConfig:
         if self.fresh_students not in FRESH_STUDENTS:
             raise ConfigurationError(
                 f"fresh_students must be one of {', '.join(FRESH_STUDENTS)}, got {self.fresh_students!r}."
+            )
+        if self.crm_teachers not in CRM_TEACHERS:
+            raise ConfigurationError(
+                f"crm_teachers must be one of {', '.join(CRM_TEACHERS)}, got {self.crm_teachers!r}."
             )
 
 
@@ -261,22 +270,30 @@ class MutualDistillation:
         """The trainer of a phase, with its student and teacher as the phases before left them."""
         student = self._student(phase.side)
         student.load_weights(self._start_of(phase))
-        teacher_side = "crm" if phase.side == "llm" else "llm"
+        other = self.models["crm" if phase.side == "llm" else "llm"]
         source = self._teacher_of(phase)
         if source is not None:
-            self.models[teacher_side].load_weights(source)
+            other.load_weights(source)
         args = self._phase_args(phase)
         refresh = phase.side == "llm" and (phase.round == 1 or self.config.refresh == "copy")
         if refresh:
-            student.set_item_vectors(self.models[teacher_side].item_matrix())
+            student.set_item_vectors(other.item_matrix())
         trainer_class = MutualDistillTrainer if phase.side == "llm" else CRMTrainer
         return trainer_class(
             student,
             args,
             self.sequences["train"],
             self.sequences["validation"],
-            teacher=self.models[teacher_side] if phase.arm == DISTILLED and phase.round > 0 else None,
+            teacher=self._with_last_round(other, phase) if phase.arm == DISTILLED and phase.round > 0 else None,
         )
+
+    def _with_last_round(self, other: RecommenderModel, phase: Phase) -> RecommenderModel:
+        """The teacher of a phase: the other side alone, or beside the CRM of the round before."""
+        if phase.side == "llm" or self.config.crm_teachers == "llm":
+            return other
+        own = copy.deepcopy(self.models["crm"])
+        own.load_weights(self._model_folder("crm", phase.round - 1, phase.arm))
+        return RecommenderEnsemble([other, own])
 
     def _student(self, side: str) -> RecommenderModel:
         """The model to train: a copy, where training cuts a model into shards and does not put it together again."""

@@ -206,6 +206,27 @@ def test_a_fresh_student_begins_each_round_with_its_initial_weights(make_run, fr
     assert run._start_of(Phase("crm", 0, "distilled")) == phases / "initial-crm"
 
 
+def test_both_models_can_teach_the_crm(make_run, monkeypatch):
+    run = make_run("both", crm_teachers="both", controls=False)
+    seen = []
+    build = run._trainer
+
+    def record(phase):
+        trainer = build(phase)
+        if phase.name == "2-crm-distilled":
+            llm, crm = trainer.teacher.members
+            last_round = SASRecModel.from_pretrained(run._model_folder("crm", 1, "distilled"))
+            seen.append((llm is run.models["llm"], crm.content_hash() == last_round.content_hash()))
+        elif phase.round > 0:
+            seen.append(type(trainer.teacher).__name__)
+        return trainer
+
+    monkeypatch.setattr(run, "_trainer", record)
+    results = run.run()
+    assert seen == ["SASRecModel", "RecommenderEnsemble", "SASRecModel", (True, True)]
+    assert results["rounds"][2]["distillation"]["crm"]["kl"] > 0
+
+
 def test_it_stops_when_neither_model_gets_better(make_run):
     still = {"learning_rate": 0.0, "num_train_epochs": 1}
     results = make_run("still", rounds=5, tolerance=0.0, controls=False, llm_args=still, crm_args=still).run()
@@ -247,6 +268,8 @@ def test_bad_arguments_are_named(make_run, tmp_path):
         MutualDistillationConfig(str(tmp_path), refresh="ema")
     with pytest.raises(ConfigurationError, match="fresh_students must be one of"):
         MutualDistillationConfig(str(tmp_path), fresh_students="all")
+    with pytest.raises(ConfigurationError, match="crm_teachers must be one of llm, both, got 'crm'"):
+        MutualDistillationConfig(str(tmp_path), crm_teachers="crm")
     with pytest.raises(ConfigurationError, match="scores 12 items and the vocabulary holds 2"):
         make_run("x", items=ItemVocabulary(["a", "b"]))
     with pytest.raises(ConfigurationError, match="agree on seen_items"):

@@ -30,6 +30,7 @@ from llmd4rec_hf import (
     LLMRecommender,
     MutualDistillArguments,
     MutualDistillTrainer,
+    RecommenderEnsemble,
     SASRecConfig,
     SASRecModel,
 )
@@ -42,15 +43,13 @@ from llmd4rec_hf.training.checkpoints import last_whole_checkpoint
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from baselines import BinaryCrossEntropyTrainer, Ensemble  # noqa: E402
+from baselines import BinaryCrossEntropyTrainer  # noqa: E402
 from common import installed_versions, machine  # noqa: E402
 
 
 logger = logging.get_logger("llmd4rec_hf")
 HERE = Path(__file__).parent
 METRIC = "ndcg@10"
-# Of scores, in nats, about that of a trained teacher's.
-TITLE_SPREAD = 2.0
 SPECIFICATION = yaml.safe_load((HERE / "models.yaml").read_text())
 CRMS = {"sasrec": (SASRecConfig, SASRecModel), "gru4rec": (GRU4RecConfig, GRU4RecModel)}
 
@@ -83,7 +82,7 @@ class Study:
         """A trained model, trained now if it is not there."""
         folder, settings = self.folder / name, self.settings(name)
         if settings["kind"] == "ensemble":
-            return Ensemble([self.model(member) for member in settings["of"]])
+            return RecommenderEnsemble([self.model(member) for member in settings["of"]])
         if not (folder / "model").is_dir():
             self._train(name, folder)
         model = self._build(name)
@@ -117,7 +116,7 @@ class Study:
         if "vectors" in sources:
             model.set_item_vectors(sources["vectors"].item_matrix())
         if settings.get("titles"):
-            model.set_item_vectors(self._title_vectors(model.config.hidden_size))
+            model.set_item_vectors(self._build("llm").title_vectors(model.config.hidden_size))
         trainer = self._trainer(model, settings, folder, sources.get("teacher"))
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
@@ -130,14 +129,6 @@ class Study:
         write_json(folder / "training.json", facts)
         with whole_folder(folder / "model") as partial:
             model.save_pretrained(partial)
-
-    def _title_vectors(self, width: int) -> torch.Tensor:
-        """Principal components of the backbone's title features, of the size that a teacher's item vectors have."""
-        features = self._build("llm").item_text_features[1:].float()
-        left, singular, _ = torch.linalg.svd(features - features.mean(dim=0), full_matrices=False)
-        vectors = left[:, :width] * singular[:width].sqrt()
-        vectors *= TITLE_SPREAD / vectors.square().sum(dim=1).mean().sqrt()
-        return torch.nn.functional.pad(vectors, (0, 0, 1, 0))
 
     def _trainer(self, model, settings, folder, teacher=None, seen_items="mask"):
         is_llm = settings["kind"] == "llm"

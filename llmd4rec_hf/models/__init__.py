@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel
 
+from .ensemble import RecommenderEnsemble
 from .gru4rec import GRU4RecConfig, GRU4RecModel
 from .llm_config import LLMRecommenderConfig
 from .llm_recommender import LLMRecommender
@@ -26,6 +27,7 @@ __all__ = [
     "RecBoleSASRecConfig",
     "RecBoleSASRecModel",
     "Recommendations",
+    "RecommenderEnsemble",
     "RecommenderModel",
     "RecommenderOutput",
     "SASRecConfig",

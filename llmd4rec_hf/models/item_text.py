@@ -23,6 +23,8 @@ _TITLES_PER_BATCH = 256
 # How much more alike a title must be, in cosine, to count e times as much for a cold item.
 _LIKENESS_TEMPERATURE = 0.05
 _COLD_ITEMS_PER_CHUNK = 256
+# Of scores, in nats, of a CRM that begins with titles.
+_BEGINNING_SPREAD = 2.0
 
 
 @torch.no_grad()
@@ -156,6 +158,33 @@ def _as_reader(backbone: PreTrainedModel) -> Iterator[None]:
             backbone.config.is_decoder = True
         for module in causal:
             module.is_causal = True
+
+
+@torch.no_grad()
+def principal_item_vectors(features: torch.Tensor, width: int) -> torch.Tensor:
+    """
+    Item vectors in a CRM's width that hold what titles say, for a CRM to begin with.
+
+    They are the principal components of the features. Of each component's size they take the root, so that minor ones
+    are not lost, and as a whole the size at which hidden states of unit components give scores that spread by two
+    nats, about as a trained model's do.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, d_text)`): one row per item, as [`encode_texts`] gives them.
+        width (`int`): the CRM's number of dimensions; those beyond what the features have are zero.
+
+    Returns:
+        `torch.Tensor` of shape `(N + 1, width)`, float32; row 0, padding, is zero.
+    """
+    # In double precision, and where that is to be had.
+    centred = features.cpu().double()
+    centred = centred - centred.mean(dim=0)
+    moments, axes = torch.linalg.eigh(centred.T @ centred)
+    moments, axes = moments.flip(0)[:width], axes.flip(1)[:, :width]
+    kept = moments > 1e-9 * moments[0]
+    vectors = centred @ axes[:, kept] * moments[kept] ** -0.25
+    vectors *= _BEGINNING_SPREAD / vectors.square().sum(dim=1).mean().sqrt().clamp_min(1e-12)
+    return torch.nn.functional.pad(vectors.float(), (0, width - vectors.shape[1], 1, 0))
 
 
 def average_of_alike(new: torch.Tensor, known: torch.Tensor, tables: Sequence[torch.Tensor]) -> list[torch.Tensor]:

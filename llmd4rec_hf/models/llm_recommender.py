@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 from ..errors import ConfigurationError
 from . import backbone as base
-from .item_text import average_of_alike, encode_more_texts, encode_texts
+from .item_text import average_of_alike, encode_more_texts, encode_texts, principal_item_vectors
 from .llm_config import LLMRecommenderConfig
 from .prompt import DEFAULT_PROMPT, split_prompt
 from .recommender import WEIGHTS_NAME, RecommenderModel, check_length, hub_arguments, sequence_lengths
@@ -193,6 +193,30 @@ class LLMRecommender(RecommenderModel):
         vectors = vectors.detach().to(self.item_vectors)
         self.item_vectors.copy_(vectors / _root_mean_square(vectors[1:]).clamp_min(1e-12))
         self.item_vectors[0] = 0
+
+    def title_vectors(self, width: int | None = None) -> torch.Tensor:
+        """
+        Item vectors that hold what the titles say, for a CRM to begin with: principal components of the title features
+        as the backbone reads them. Nothing that this model was trained for is in them.
+
+        Args:
+            width (`int`, *optional*): of the CRM's item vectors; `item_dim` by default.
+
+        Returns:
+            `torch.Tensor` of shape `(N + 1, width)`; row 0, padding, is zero.
+
+        Raises:
+            ConfigurationError: a model without item text.
+
+        Example:
+
+        ```python
+        >>> crm.set_item_vectors(llm.title_vectors())
+        ```
+        """
+        if not self.config.item_text:
+            raise ConfigurationError("This model knows no titles: build it with item_texts.")
+        return principal_item_vectors(self.item_text_features[1:], width or self.config.item_dim).to(self.device)
 
     @torch.no_grad()
     def add_items(self, item_ids: Sequence, texts: Sequence[str]) -> None:

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from llmd4rec_hf import RecommenderModel
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -58,6 +61,17 @@ def test_every_configuration_trains(config, script, log_file, items_file, tmp_pa
     script.main(words)
     final = json.loads((tmp_path / "run" / "results.json").read_text())["final"]
     assert {side: 0 <= final[side]["test"]["ndcg@10"] <= 1 for side in ("crm", "llm")} == {"crm": True, "llm": True}
+
+
+def test_a_crm_that_begins_with_titles_and_learns_from_both(script, log_file, items_file, tmp_path):
+    words = ["--dataset", str(log_file), "--items", str(items_file), "--item_text", "--title_vectors", *QUICK]
+    words += ["--crm_teachers", "both", "--hidden_size", "16", "--no-controls", "--output_dir", str(tmp_path / "run")]
+    script.main(words)
+    phases = tmp_path / "run" / "phases"
+    crm, llm = (RecommenderModel.from_pretrained(phases / name) for name in ("initial-crm", "initial-llm"))
+    torch.testing.assert_close(crm.item_matrix(), llm.title_vectors())
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert state["identity"]["config.crm_teachers"] == "both"
 
 
 def test_launched_twice_the_second_run_finds_everything_done(tmp_path, log_file):
@@ -118,6 +132,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(script, case, tmp_path, 
         (["--crm_epochs", "3"], "unknown training argument --crm_epochs"),
         (["--epochs", "3"], "unknown option --epochs"),
         (["--push_to_hub"], "--hub_model_id"),
+        (["--no-item_text", "--title_vectors"], "--title_vectors needs --item_text"),
         (["--format", "pickle"], "invalid choice"),
         (["--llm_weighting", "best"], "invalid choice"),
     ],

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from llmd4rec_hf.models import item_text
-from llmd4rec_hf.models.item_text import average_of_alike, encode_more_texts, encode_texts
+from llmd4rec_hf.models.item_text import average_of_alike, encode_more_texts, encode_texts, principal_item_vectors
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +208,21 @@ def test_an_equal_title_outweighs_all_others():
     known = torch.eye(3)
     (average,) = average_of_alike(torch.tensor([[0.0, 7.0, 0.0]]), known, [torch.tensor([[1.0], [2.0], [3.0]])])
     assert average.item() == pytest.approx(2, abs=1e-6)
+
+
+def test_principal_item_vectors_of_points_on_two_axes():
+    """Sizes 4 and 1 along two axes become 2 and 1 in proportion, and together the size that gives scores of 2 nats."""
+    features = torch.tensor([[4.0, 1.0, 5.0], [-4.0, 1.0, 5.0], [4.0, -1.0, 5.0], [-4.0, -1.0, 5.0]])
+    vectors = principal_item_vectors(features, 4)
+    assert vectors.shape == (5, 4)
+    assert vectors[0].abs().max() == 0
+    size = 2 / 5**0.5
+    torch.testing.assert_close(vectors[1:, :2].abs(), torch.tensor([[2 * size, size]]).expand(4, 2))
+    assert vectors[:, 2:].abs().max() == 0
+    # Alike where the features are alike.
+    torch.testing.assert_close(vectors[1:, 0].sign() * vectors[1, 0].sign(), features[:, 0].sign())
+
+
+def test_principal_item_vectors_of_features_that_say_nothing():
+    assert principal_item_vectors(torch.ones(5, 3), 2).abs().max() == 0
+    assert principal_item_vectors(torch.randn(5, 8), 2).shape == (6, 2)

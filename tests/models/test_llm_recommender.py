@@ -675,6 +675,22 @@ def test_families_learn(family, batch):
     assert losses[2] < losses[1] < losses[0]
 
 
+def test_title_vectors_are_a_crms_to_begin_with(make_llm, titles):
+    """Two dimensions more than the features have: those are zero. What training changes has no part in them."""
+    model = make_llm(text=True)
+    vectors = model.title_vectors()
+    assert vectors.shape == (len(titles) + 1, model.config.item_dim)
+    assert torch.equal(make_llm(1, text=True, awake=False).title_vectors(), vectors)
+    width = model.item_text_features.shape[1]
+    wide = model.title_vectors(width + 2)
+    assert wide[:, width:].abs().max() == 0
+    # All components: what is far apart as features is far apart as vectors.
+    distances, features = (torch.cdist(x[1:], x[1:]).flatten() for x in (wide, model.item_text_features))
+    assert torch.corrcoef(torch.stack([distances, features]))[0, 1] > 0.8
+    with pytest.raises(ConfigurationError, match="build it with item_texts"):
+        make_llm().title_vectors()
+
+
 # --- pretrained models -----------------------------------------------------------------------------------------------
 
 PRETRAINED = {"minilm-l6-v2": ["query", "value"], "stories260k": ["q_proj", "v_proj"]}
