@@ -105,7 +105,7 @@ class SASRecLayer(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.num_heads = config.num_heads
-        self.dropout_probability = config.dropout
+        self.dropout = config.dropout
         self.attention_norm = nn.LayerNorm(size)
         self.query = nn.Linear(size, size)
         self.key_value = nn.Linear(size, 2 * size)
@@ -126,7 +126,7 @@ class SASRecLayer(nn.Module):
     def _attend(self, states: torch.Tensor) -> torch.Tensor:
         query = self._heads(self.query(self.attention_norm(states)))
         key, value = map(self._heads, self.key_value(states).chunk(2, dim=-1))
-        dropout = self.dropout_probability if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
         return self.attention_output(mixed.transpose(1, 2).flatten(2))
 

@@ -186,6 +186,9 @@ class CRMSettings(DistillationSettings):
             the student's width ([`~TeacherCache.item_vectors`]). Those of an LLM that reads titles know how items are
             alike before the student has seen them together. For a student that begins anew: one that is trained
             already has learned about its own vectors.
+        dropout_with_teacher (`float`, *optional*): dropout while there is a teacher, the model's own by default. On
+            sparse logs a CRM alone overfits without heavy dropout, and with it cannot follow a teacher, whose whole
+            distributions keep it from overfitting.
     """
 
     teacher_max_error: float = field(
@@ -194,11 +197,16 @@ class CRMSettings(DistillationSettings):
     init_item_vectors: bool = field(
         default=False, metadata={"help": "Begin with the teacher's item vectors, in the student's width."}
     )
+    dropout_with_teacher: float | None = field(
+        default=None, metadata={"help": "Dropout while there is a teacher; the model's own by default."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if not self.teacher_max_error >= 0:
             raise ConfigurationError(f"teacher_max_error must not be negative, got {self.teacher_max_error}.")
+        if self.dropout_with_teacher is not None and not 0 <= self.dropout_with_teacher < 1:
+            raise ConfigurationError(f"dropout_with_teacher must be in [0, 1), got {self.dropout_with_teacher}.")
 
 
 @dataclass

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from ..distillation import ListedTeacherCache
 from ..errors import ConfigurationError
 from .arguments import CRMArguments, CRMSettings
@@ -32,6 +34,21 @@ class CRMTrainer(DistillationTrainer):
         if self.settings.init_item_vectors and isinstance(teacher, ListedTeacherCache):
             raise ConfigurationError(f"{teacher!r} has no item vectors to begin with: set init_item_vectors=False.")
 
+    def train(self, *args, **kwargs):
+        """As in [`DistillationTrainer`]; `dropout_with_teacher` lasts as long as the training."""
+        before = _dropout_rates(self.model)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for (layer, name), rate in before.items():
+                setattr(layer, name, rate)
+
+    def _prepare_student(self, model) -> None:
+        super()._prepare_student(model)
+        if self.settings.dropout_with_teacher is not None and self._teacher_cache is not None:
+            for layer, name in _dropout_rates(model):
+                setattr(layer, name, self.settings.dropout_with_teacher)
+
     def _take_item_vectors(self, model, teacher) -> None:
         if self.settings.init_item_vectors:
             model.set_item_vectors(teacher.item_vectors(model.item_matrix().shape[1]))
@@ -39,3 +56,17 @@ class CRMTrainer(DistillationTrainer):
     @property
     def _teacher_max_error(self) -> float:
         return self.settings.teacher_max_error
+
+
+def _dropout_rates(model: nn.Module) -> dict[tuple[nn.Module, str], float]:
+    """
+    The rate of every dropout that a model has, by its layer and attribute: `p` of dropout layers, and `dropout` of
+    layers that apply it themselves, as torch's attention and recurrent ones do.
+    """
+    rates = {}
+    for layer in model.modules():
+        name = "p" if isinstance(layer, nn.Dropout) else "dropout"
+        rate = getattr(layer, name, None)
+        if isinstance(rate, float) and rate > 0:
+            rates[layer, name] = rate
+    return rates

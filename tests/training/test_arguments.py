@@ -17,6 +17,7 @@ from llmd4rec_hf.errors import ConfigurationError
         ({"kl_weight": -0.5}, "kl_weight must not be negative"),
         ({"weighting": "ranks"}, "weighting must be one of"),
         ({"teacher_max_error": -0.01}, "teacher_max_error must not be negative"),
+        ({"dropout_with_teacher": 1.0}, r"dropout_with_teacher must be in \[0, 1\), got 1.0"),
         ({"num_sampled_items": 0}, "num_sampled_items must be at least 1, or left out, got 0"),
         ({"rank_base": 2}, "rank_base must be one of"),
         ({"seen_items": "hide"}, "seen_items must be one of"),

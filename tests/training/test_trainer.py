@@ -14,9 +14,14 @@ from trained import weights
 
 from llmd4rec_hf import (
     CRMTrainer,
+    GRU4RecConfig,
+    GRU4RecModel,
     ItemVocabulary,
     MutualDistillArguments,
     MutualDistillTrainer,
+    RecommenderModel,
+    SASRecConfig,
+    SASRecModel,
     SequenceCollator,
     TeacherCache,
     distillation_loss,
@@ -24,6 +29,7 @@ from llmd4rec_hf import (
 )
 from llmd4rec_hf.distillation import teacher_cache
 from llmd4rec_hf.errors import CacheError, ConfigurationError
+from llmd4rec_hf.models import RecBoleSASRecConfig, RecBoleSASRecModel
 
 
 @pytest.fixture
@@ -261,6 +267,37 @@ def test_a_student_may_begin_with_its_teachers_item_vectors(make_crm, make_llm, 
     assert torch.equal(trainer.model.item_matrix(), expected)
     alone = train(make_crm(0), args, splits)
     assert torch.equal(alone.model.item_matrix(), make_crm(0).item_matrix())
+
+
+@pytest.mark.parametrize("kind", ["sasrec", "gru4rec", "recbole"])
+def test_dropout_with_a_teacher_ends_with_the_training(kind, make_crm, arguments, splits):
+    """Without any, a model draws no random number: two trainings with other draws before are the same."""
+    settings = {"num_items": 12, "hidden_size": 8, "max_length": 6, "dropout": 0.5, "num_layers": 2}
+    config, model_class = {
+        "sasrec": (SASRecConfig, SASRecModel),
+        "gru4rec": (GRU4RecConfig, GRU4RecModel),
+        "recbole": (RecBoleSASRecConfig, RecBoleSASRecModel),
+    }[kind]
+
+    def trained(seed, teacher, **more) -> RecommenderModel:
+        torch.manual_seed(0)
+        model = model_class(config(**settings))
+        # The seed is that of dropout alone: all rows are in one batch. Adam would enlarge what its order rounds off.
+        args = arguments(str(seed), seed=seed, per_device_train_batch_size=40, optim="sgd", learning_rate=0.1, **more)
+        train(model, args, splits, teacher)
+        return model
+
+    def same(first, second) -> bool:
+        return torch.allclose(weights(first), weights(second), atol=1e-5)
+
+    still = {"dropout_with_teacher": 0.0}
+    assert same(trained(1, make_crm(1), **still), trained(2, make_crm(1), **still))
+    assert not same(trained(1, make_crm(1)), trained(2, make_crm(1)))
+    assert not same(trained(1, None, **still), trained(2, None, **still))
+    # Afterwards the model's own is back.
+    model = trained(1, make_crm(1), **still).train()
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    assert not torch.equal(model.encode(ids), model.encode(ids))
 
 
 def test_early_stopping(make_crm, arguments, splits):
