@@ -70,13 +70,9 @@ def _row(name: str, runs: dict) -> str:
     results = [result for result, _ in runs[name]]
     tests = [result["test"] for result in results]
     own = SPECIFICATION["models"][name]
-    control = own.get("control")
-    gain, p = "", ""
-    if control in runs and (found := compare(runs[name], runs[control])):
-        gain, p = f"{found[0]:+.1%}", f"{found[1]:.1g}"
-    slices = [
-        statistics.mean(r["slices"][part][METRIC] for r in results) for part in ("short histories", "rare items")
-    ]
+    controls = [runs[control] for control in own.get("controls", []) if control in runs]
+    gains = [found for control in controls if (found := compare(runs[name], control))]
+    slices = [statistics.mean(r["slices"][part][METRIC] for r in results) for part in SLICES]
     seconds = [result["training"]["seconds"] for result in results if result["training"]]
     kept = [test["keep"][METRIC] for test in tests if "keep" in test]
     cells = [
@@ -84,8 +80,8 @@ def _row(name: str, runs: dict) -> str:
         str(len(results)),
         _spread([test["mask"]["hr@10"] for test in tests]),
         _spread([test["mask"][METRIC] for test in tests]),
-        gain,
-        p,
+        ", ".join(f"{gain:+.1%}" for gain, _ in gains),
+        ", ".join(f"{p:.1g}" for _, p in gains),
         *(f"{value:.4f}" for value in slices),
         _spread(kept) if kept else "",
         f"{statistics.mean(seconds) / 60:.0f}" if seconds else "",
