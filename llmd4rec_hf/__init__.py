@@ -19,14 +19,13 @@ from .models import (
     SASRecConfig,
     SASRecModel,
 )
+from .version import __version__ as __version__
 
 
 if TYPE_CHECKING:
     from .evaluation.hf_metric import RankingMetric
     from .mutual_distillation import MutualDistillation, MutualDistillationConfig
     from .training import CRMArguments, CRMTrainer, MutualDistillArguments, MutualDistillTrainer
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CRMArguments",

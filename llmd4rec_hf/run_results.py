@@ -13,6 +13,7 @@ from datasets import Dataset
 from .data import ItemVocabulary, data_hash
 from .data.arrow import column_array
 from .run_state import CONTROL, DISTILLED, Phase
+from .version import __version__
 
 
 def assemble_results(
@@ -91,8 +92,6 @@ def _round_entry(phases: dict[str, dict], number: int, has_controls: bool) -> di
 
 
 def _versions() -> dict[str, str]:
-    from . import __version__
-
     return {
         "llmd4rec_hf": __version__,
         "python": platform.python_version(),
