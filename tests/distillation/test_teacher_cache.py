@@ -1,80 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import copy
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from cached_rows import (
+    MAX_LENGTH,
+    NUM_ITEMS,
+    ROWS,
+    collate,
+    live,
+    lookup,
+    make_dataset,
+    make_teacher,
+)
 
-from llmd4rec_hf import processes as processes_module
-from llmd4rec_hf.data import SequenceCollator
 from llmd4rec_hf.distillation import TeacherCache, distillation_loss, stored_teacher, teacher_cache
 from llmd4rec_hf.distillation.low_rank import LowRankTeacher
 from llmd4rec_hf.errors import CacheError, ConfigurationError
 from llmd4rec_hf.models import GRU4RecConfig, GRU4RecModel, SASRecConfig, SASRecModel
-
-
-NUM_ITEMS, MAX_LENGTH = 9, 6
-# Some shorter and some longer than what the teacher reads; row ids out of order and with gaps, as in a real split.
-ROWS = {4: [1, 2, 3, 4], 0: [5, 6], 9: [9, 8, 7, 6, 5, 4, 3, 2, 1, 2, 3], 2: [3, 3, 1, 7, 8, 9, 2], 5: [2, 9, 4]}
-
-
-def make_dataset(rows=ROWS):
-    sequences = [list(items) for items in rows.values()]
-    return Dataset.from_dict(
-        {
-            "user_id": [f"u{row}" for row in rows],
-            "item_ids": sequences,
-            "length": list(map(len, sequences)),
-            "row_id": list(rows),
-        }
-    )
-
-
-def make_teacher(seed=0, model=SASRecModel, config=SASRecConfig, width=8):
-    """
-    In double precision: the last bit of a state depends on the shape of the batch it was computed in, and so, but for
-    this, would the comparison of what is stored (float32) with what is computed live.
-    """
-    torch.manual_seed(seed)
-    return model(config(num_items=NUM_ITEMS, hidden_size=width, max_length=MAX_LENGTH)).double()
-
-
-@pytest.fixture(scope="module")
-def dataset():
-    return make_dataset()
-
-
-@pytest.fixture(scope="module")
-def teacher():
-    return make_teacher()
-
-
-@pytest.fixture
-def cache(teacher, dataset, tmp_path):
-    return TeacherCache.build(teacher, dataset, tmp_path / "cache", batch_size=2)
-
-
-def collate(dataset, order=None, max_length=MAX_LENGTH):
-    rows = dataset.select(order) if order is not None else dataset
-    return SequenceCollator(max_length)(list(rows))
-
-
-def lookup(cache, batch):
-    return cache.lookup(batch["row_id"], batch["labels"], batch["attention_mask"])
-
-
-@torch.no_grad()
-def live(teacher, batch):
-    was_training = teacher.training
-    hidden = teacher.eval().encode(batch["item_ids"], batch["attention_mask"])[batch["labels"] != -100]
-    teacher.train(was_training)
-    return hidden.float()
 
 
 # --- what it gives back ----------------------------------------------------------------------------------------------
@@ -170,12 +116,6 @@ def test_kl_through_the_cache_is_kl_through_live_scores(cache, teacher, dataset)
 
 
 WIDE = 160
-
-
-@pytest.fixture(scope="module")
-def wide_teacher():
-    """Nine items span nine of its 160 dimensions: without the mean of all items, eight."""
-    return make_teacher(2, width=WIDE)
 
 
 def divergence(scores, other):
@@ -345,204 +285,6 @@ def test_bad_row_ids(teacher, dataset, tmp_path, row_ids):
     rows = dataset.remove_columns("row_id").add_column("row_id", row_ids)
     with pytest.raises(CacheError, match="unique, non-negative row ids"):
         TeacherCache.build(teacher, rows, tmp_path / "cache")
-
-
-# --- more processes than one -----------------------------------------------------------------------------------------
-
-
-def build_with_processes(monkeypatch, processes, teacher, dataset, directory, **arguments):
-    """Threads take the place of processes: each has its own index and teacher, and they meet at a barrier."""
-    barrier = threading.Barrier(processes, timeout=60)
-    local = threading.local()
-
-    class State:
-        num_processes = processes
-        process_index = property(lambda self: local.index)
-        is_main_process = property(lambda self: local.index == 0)
-
-    said = [None] * processes
-
-    def gather(mine):
-        said[local.index] = mine[0]
-        barrier.wait()
-        everything = list(said)
-        barrier.wait()
-        return everything
-
-    monkeypatch.setattr(stored_teacher, "PartialState", State)
-    monkeypatch.setattr(processes_module, "PartialState", State)
-    monkeypatch.setattr(processes_module, "gather_object", gather)
-
-    def run(index):
-        local.index = index
-        try:
-            return TeacherCache.build(copy.deepcopy(teacher), dataset, directory, batch_size=2, **arguments)
-        except BaseException:
-            barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(processes) as pool:
-        return list(pool.map(run, range(processes)))
-
-
-@pytest.mark.parametrize("processes", [2, 3, 8])
-def test_every_process_writes_its_rows(monkeypatch, teacher, dataset, tmp_path, processes):
-    """Eight processes for five rows: some have nothing to write."""
-    caches = build_with_processes(monkeypatch, processes, teacher, dataset, tmp_path / "cache")
-    assert len(list((tmp_path / "cache").glob("hidden-*.npy"))) == processes
-    for cache in caches:
-        cache.check(dataset=dataset, teacher=teacher)
-        for order in ([4, 2, 0, 3, 1], [3]):
-            batch = collate(dataset, order)
-            assert torch.equal(lookup(cache, batch), live(teacher, batch))
-        assert lookup(cache, collate(dataset, max_length=2)).shape == (9, 8)
-
-
-def test_every_process_narrows_the_teacher_alike(monkeypatch, wide_teacher, dataset, tmp_path):
-    alone = TeacherCache.build(wide_teacher, dataset, tmp_path / "alone", batch_size=2, max_error=0.01)
-    together = build_with_processes(monkeypatch, 3, wide_teacher, dataset, tmp_path / "cache", max_error=0.01)
-    batch = collate(dataset)
-    for cache in together:
-        assert cache.manifest["reduction"] == alone.manifest["reduction"]
-        assert torch.equal(cache.item_matrix, alone.item_matrix)
-        torch.testing.assert_close(lookup(cache, batch), lookup(alone, batch))
-
-
-def test_a_shard_of_another_process_is_checked_too(monkeypatch, teacher, dataset, tmp_path):
-    build_with_processes(monkeypatch, 2, teacher, dataset, tmp_path / "cache")
-    (tmp_path / "cache" / "hidden-00001-of-00002.npy").unlink()
-    with pytest.raises(CacheError, match="hidden-00001-of-00002.npy is missing, torn or altered"):
-        TeacherCache(tmp_path / "cache")
-
-
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
-def test_no_cache(tmp_path):
-    with pytest.raises(CacheError, match="There is no teacher cache in .*nowhere: build it with TeacherCache.build"):
-        TeacherCache(tmp_path / "nowhere")
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-8])
-
-
-def flip_a_byte(path):
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    "damage", [truncate, flip_a_byte, lambda path: path.unlink()], ids=["torn", "flipped", "gone"]
-)
-@pytest.mark.parametrize("name", ["hidden-00000-of-00001.npy", "offsets.npy", "item_matrix.safetensors"])
-def test_damaged_files(cache, name, damage):
-    damage(cache.directory / name)
-    with pytest.raises(CacheError, match=f"{name} is missing, torn or altered: build .* again"):
-        TeacherCache(cache.directory)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '"text"', "null"])
-def test_damaged_manifest(cache, content):
-    (cache.directory / "manifest.json").write_text(content)
-    with pytest.raises(CacheError, match=r"manifest.json is damaged .*build it with TeacherCache.build again"):
-        TeacherCache(cache.directory)
-
-
-def test_another_format_version(cache):
-    cache.manifest["format_version"] = 99
-    (cache.directory / "manifest.json").write_text(json.dumps(cache.manifest))
-    with pytest.raises(CacheError, match="format version 99, this package reads 2"):
-        TeacherCache(cache.directory)
-
-
-def test_check_passes(cache, teacher, dataset):
-    cache.check()
-    cache.check(num_items=NUM_ITEMS, dataset=dataset, teacher=teacher)
-
-
-def test_check_against_something_else(cache):
-    changed = ROWS | {5: [2, 9, 5]}
-    for other, name in [
-        ({"num_items": NUM_ITEMS + 1}, "num_items"),
-        ({"dataset": make_dataset(changed)}, "data_hash"),
-        ({"dataset": make_dataset().select([0, 1])}, "data_hash"),
-        ({"teacher": make_teacher(1)}, "teacher_hash"),
-    ]:
-        with pytest.raises(CacheError, match=f"does not fit: its {name} is .* Build it again"):
-            cache.check(**other)
-
-
-@pytest.mark.parametrize("row", [10, 1, 8, -1])
-def test_a_row_that_was_not_cached(cache, dataset, row):
-    """Beyond the last row id, between two, and below the first; beside rows that are there."""
-    batch = collate(dataset, [0, 1])
-    batch["row_id"][1] = row
-    with pytest.raises(CacheError, match=f"Row {row} is not in the teacher cache"):
-        lookup(cache, batch)
-
-
-def test_a_student_that_reads_more(teacher, dataset, tmp_path):
-    cache = TeacherCache.build(teacher, dataset, tmp_path / "cache", max_length=3)
-    lookup(cache, collate(dataset, max_length=3))
-    with pytest.raises(CacheError, match="The student reads more of row 9 than its teacher did: .* max_length"):
-        lookup(cache, collate(dataset, [0, 2], max_length=4))
-
-
-# --- reuse -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def builds(monkeypatch):
-    """Counts the caches that are built."""
-    calls = []
-    build = TeacherCache.build.__func__
-    monkeypatch.setattr(
-        TeacherCache,
-        "build",
-        classmethod(lambda cls, *args, **kwargs: calls.append(args) or build(cls, *args, **kwargs)),
-    )
-    return calls
-
-
-def test_for_teacher_builds_once(builds, teacher, dataset, tmp_path):
-    for _ in range(3):
-        cache = TeacherCache.for_teacher(teacher, dataset, tmp_path / "cache", batch_size=2)
-        assert torch.equal(lookup(cache, collate(dataset)), live(teacher, collate(dataset)))
-    assert len(builds) == 1
-
-
-@pytest.mark.parametrize(
-    "damage", [truncate, flip_a_byte, lambda path: path.unlink()], ids=["torn", "flipped", "gone"]
-)
-@pytest.mark.parametrize("name", ["hidden-00000-of-00001.npy", "manifest.json"])
-def test_for_teacher_rebuilds_what_is_broken(builds, teacher, dataset, tmp_path, name, damage):
-    TeacherCache.for_teacher(teacher, dataset, tmp_path / "cache")
-    damage(tmp_path / "cache" / name)
-    cache = TeacherCache.for_teacher(teacher, dataset, tmp_path / "cache")
-    assert len(builds) == 2
-    assert torch.equal(lookup(cache, collate(dataset)), live(teacher, collate(dataset)))
-
-
-def test_for_teacher_rebuilds_for_another_teacher_data_or_length(builds, teacher, dataset, tmp_path):
-    TeacherCache.for_teacher(teacher, dataset, tmp_path / "cache", max_length=3)
-    TeacherCache.for_teacher(teacher, dataset, tmp_path / "cache")
-    cache = TeacherCache.for_teacher(teacher, dataset, tmp_path / "cache")
-    assert len(builds) == 2
-    assert torch.equal(lookup(cache, collate(dataset)), live(teacher, collate(dataset)))
-    other = make_teacher(1)
-    TeacherCache.for_teacher(other, dataset, tmp_path / "cache").check(teacher=other)
-    fewer = dataset.select([0, 1])
-    TeacherCache.for_teacher(other, fewer, tmp_path / "cache").check(dataset=fewer)
-    assert len(builds) == 4
-
-
-def test_for_teacher_rebuilds_for_another_error(builds, wide_teacher, dataset, tmp_path):
-    for max_error in (0.05, 0.05, 0.0, 1e-3, 1e-3):
-        cache = TeacherCache.for_teacher(wide_teacher, dataset, tmp_path / "cache", max_error=max_error)
-        assert cache.manifest["max_error"] == max_error
-    assert len(builds) == 3
 
 
 # --- item vectors for a student --------------------------------------------------------------------------------------

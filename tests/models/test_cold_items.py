@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from plain_llm import CLOSE
 
 from llmd4rec_hf import ItemVocabulary, LLMRecommender
 from llmd4rec_hf.errors import ConfigurationError, DataError
@@ -89,3 +90,69 @@ def test_errors(trained, make_llm):
     for other in (model, make_llm()):
         with pytest.raises(ConfigurationError, match="placed by their titles"):
             other.add_items(["x"], ["y"])
+
+
+# --- known and new ones beside each other ----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[True, False], ids=["adapter", "whole"])
+def with_vocabulary(request, make_llm, titles):
+    model = make_llm(adapter=request.param, text=True).eval()
+    model.vocabulary = ItemVocabulary([f"B{number}" for number in range(1, 13)], titles)
+    return model
+
+
+@torch.no_grad()
+def test_new_items_leave_the_known_ones(with_vocabulary, batch):
+    model = with_vocabulary
+    states, matrix, vocabulary = model.encode(batch["item_ids"]), model.item_matrix(), model.vocabulary
+    model.add_items(["N1", "N2"], ["yellow boots", "a garden chair"])
+    assert torch.equal(model.encode(batch["item_ids"]), states)
+    torch.testing.assert_close(model.item_matrix()[:13], matrix, **CLOSE)
+    assert model.config.num_items == model.vocabulary.num_items == 14
+    assert model.vocabulary.item_ids == [*vocabulary.item_ids, "N1", "N2"]
+    assert {len(table) for table in (model.item_vectors, model.item_text_features, model.item_head.weight)} == {15}
+    assert model.item_head.weight.requires_grad
+
+
+@torch.no_grad()
+def test_new_items_are_recommended_and_read(with_vocabulary, titles, tmp_path):
+    model = with_vocabulary
+    model.add_items(["N1"], ["yellow boots"])
+    found = model.recommend([["B1", "N1"], ["B2"]], candidates=["N1", "B3"])
+    assert found.ids[0] == ["B3"] and sorted(found.ids[1]) == ["B3", "N1"]
+    model.save_pretrained(tmp_path)
+    loaded = LLMRecommender.from_pretrained(tmp_path)
+    assert loaded.recommend([["B1", "N1"], ["B2"]], candidates=["N1", "B3"]) == found
+
+
+@torch.no_grad()
+def test_a_new_item_of_a_known_title_is_read_as_the_known_one(with_vocabulary, titles):
+    model = with_vocabulary
+    model.add_items(["N1"], [titles[8]])
+    features = model.item_text_features
+    others = torch.cat([features[1:9], features[10:13]])
+    assert torch.cdist(features[13:], features[9:10]).item() < 0.5 * torch.cdist(features[13:], others).min().item()
+    # Nothing but a title makes it: what is learned per item comes from the items whose titles are alike.
+    weights = (torch.nn.functional.cosine_similarity(features[13:], features[1:13]) / 0.05).softmax(dim=0)
+    if model.has_adapter:
+        torch.testing.assert_close(model.item_vectors[13], weights @ model.item_vectors[1:13], rtol=1e-3, atol=1e-3)
+
+
+def test_titles_are_read_without_the_adapter(make_llm, titles):
+    model = make_llm(adapter=True, text=True).eval()
+    model.vocabulary = ItemVocabulary(list(range(1, 13)), titles)
+    model.add_items([13], [titles[0]])
+    torch.testing.assert_close(model.item_text_features[13], model.item_text_features[1], rtol=1e-3, atol=1e-3)
+
+
+def test_new_items_need_titles_and_a_vocabulary(make_llm, titles):
+    for text in (True, False):
+        with pytest.raises(ConfigurationError, match="New items are placed by their titles"):
+            make_llm(text=text).add_items(["N1"], ["yellow boots"])
+    model = make_llm(text=True)
+    model.vocabulary = ItemVocabulary(list(range(1, 13)), titles)
+    for ids, texts in (([12], ["boots"]), ([13], ["boots", "hat"]), ([13, 13], ["boots", "hat"])):
+        with pytest.raises(DataError):
+            model.add_items(ids, texts)
+    assert model.config.num_items == 12 and len(model.item_vectors) == 13
