@@ -74,6 +74,7 @@ def dense(
     result = SimpleNamespace(
         cross_entropy=cross_entropy, kl=torch.zeros(()), weight_mean=torch.zeros(()), agreement=torch.zeros(())
     )
+    result.teacher_ranks = None
     result.student_ranks = ranks_by_definition(scores, targets)
     if teacher:
         teacher_scores = (given.teacher_hidden.double() @ given.teacher_items.double().T)[keep, 1:]
@@ -112,8 +113,13 @@ def assert_same(actual, grads, expected, labels, rtol=2e-5, atol=2e-6):
         torch.testing.assert_close(getattr(actual, name).detach(), value, rtol=rtol, atol=atol, msg=name)
     for grad, value in zip(grads, expected.grads, strict=True):
         torch.testing.assert_close(grad, value.float(), rtol=rtol, atol=atol)
-    assert actual.student_ranks[labels != -100].tolist() == expected.student_ranks
-    assert (actual.student_ranks[labels == -100] == 0).all()
+    for name in ("student_ranks", "teacher_ranks"):
+        ranks, value = getattr(actual, name), getattr(expected, name)
+        if value is None:
+            assert ranks is None
+        else:
+            assert ranks[labels != -100].tolist() == value
+            assert (ranks[labels == -100] == 0).all()
 
 
 def assert_identical(first, second):

@@ -37,6 +37,24 @@ class LowRankTeacher:
     error: float
     sizes: torch.Tensor
 
+    def item_vectors(self, width: int, spread: float | None = None) -> torch.Tensor:
+        """
+        Item vectors for a student to begin with.
+
+        Of each axis's share in the scores they take the root, so that minor axes are not lost, and all of the spread:
+        hidden states of unit components then give scores that spread so far.
+
+        Args:
+            width (`int`): the student's number of dimensions, `r` or more; further ones are zero.
+            spread (`float`, *optional*): root mean square of the scores, in nats; the teacher's own by default.
+
+        Returns:
+            `torch.Tensor` of shape `(N + 1, width)`; row 0, padding, is zero.
+        """
+        total = self.sizes.square().sum() if spread is None else spread**2 * (len(self.item_matrix) - 1)
+        vectors = self.item_matrix * (self.sizes * (total / self.sizes.sum().clamp_min(1e-12))).sqrt()
+        return torch.nn.functional.pad(vectors, (0, width - vectors.shape[1]))
+
 
 def reduce_teacher(
     hidden_moment: torch.Tensor, item_matrix: torch.Tensor, max_error: float = 0.0, max_rank: int | None = None

@@ -170,9 +170,7 @@ class TeacherCache(StoredTeacher):
         count = min(positions, _FITTED_POSITIONS_PER_DIMENSION * self.item_matrix.shape[1])
         hidden = unpack(self._gather(np.linspace(0, positions - 1, count, dtype=np.int64))).double()
         form = reduce_teacher(hidden.T @ hidden / len(hidden), self.item_matrix, max_rank=width)
-        spread = form.sizes.square().sum() / form.sizes.sum()
-        vectors = form.item_matrix * (form.sizes * spread).sqrt()
-        return torch.nn.functional.pad(vectors, (0, width - vectors.shape[1]))
+        return form.item_vectors(width)
 
 
 @torch.no_grad()

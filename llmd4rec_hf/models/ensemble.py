@@ -76,14 +76,15 @@ class RecommenderEnsemble(RecommenderModel):
         return torch.cat([member.item_matrix() for member in self.members], dim=1)
 
     def encode(self, item_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None) -> torch.Tensor:
-        return self._mean([member.encode(item_ids, attention_mask) for member in self.members])
+        return self._side_by_side([member.encode(item_ids, attention_mask) for member in self.members])
 
     def encode_last(self, item_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None) -> torch.Tensor:
         # Not from `encode`: members may have a shorter way to the last state.
-        return self._mean([member.encode_last(item_ids, attention_mask) for member in self.members])
+        return self._side_by_side([member.encode_last(item_ids, attention_mask) for member in self.members])
 
     @staticmethod
-    def _mean(states: list[torch.Tensor]) -> torch.Tensor:
+    def _side_by_side(states: list[torch.Tensor]) -> torch.Tensor:
+        """States whose scores by the item matrices side by side are the mean of all scores."""
         return torch.cat(states, dim=-1) / len(states)
 
     def content_hash(self) -> str:
@@ -103,7 +104,5 @@ def _check(members: list[RecommenderModel]) -> None:
         raise ConfigurationError(f"The members of an ensemble score {sizes} items: build all over one vocabulary.")
     known = [member.vocabulary for member in members if member.vocabulary is not None]
     for vocabulary in known[1:]:
-        if vocabulary.item_ids != known[0].item_ids:
-            raise ConfigurationError(
-                f"The members of an ensemble have different vocabularies: {known[0].first_difference(vocabulary)}."
-            )
+        if difference := known[0].first_difference(vocabulary):
+            raise ConfigurationError(f"The members of an ensemble have different vocabularies: {difference}.")

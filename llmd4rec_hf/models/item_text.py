@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..distillation.low_rank import reduce_teacher
 from .recommender import hash_tensors
 
 
@@ -165,9 +166,8 @@ def principal_item_vectors(features: torch.Tensor, width: int) -> torch.Tensor:
     """
     Item vectors in a CRM's width that hold what titles say, for a CRM to begin with.
 
-    They are the principal components of the features. Of each component's size they take the root, so that minor ones
-    are not lost, and as a whole the size at which hidden states of unit components give scores that spread by two
-    nats, about as a trained model's do.
+    They are the principal components of the features ([`LowRankTeacher.item_vectors`]), of the size at which hidden
+    states of unit components give scores that spread by two nats, about as a trained model's do.
 
     Args:
         features (`torch.Tensor` of shape `(N, d_text)`): one row per item, as [`encode_texts`] gives them.
@@ -176,15 +176,11 @@ def principal_item_vectors(features: torch.Tensor, width: int) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(N + 1, width)`, float32; row 0, padding, is zero.
     """
-    # In double precision, and where that is to be had.
-    centred = features.cpu().double()
-    centred = centred - centred.mean(dim=0)
-    moments, axes = torch.linalg.eigh(centred.T @ centred)
-    moments, axes = moments.flip(0)[:width], axes.flip(1)[:, :width]
-    kept = moments > 1e-9 * moments[0]
-    vectors = centred @ axes[:, kept] * moments[kept] ** -0.25
-    vectors *= _BEGINNING_SPREAD / vectors.square().sum(dim=1).mean().sqrt().clamp_min(1e-12)
-    return torch.nn.functional.pad(vectors.float(), (0, width - vectors.shape[1], 1, 0))
+    # As the best form of a teacher that has these for its item matrix and whose hidden states know no direction. On
+    # the CPU, where double precision is to be had.
+    item_matrix = torch.nn.functional.pad(features.cpu().float(), (0, 0, 1, 0))
+    form = reduce_teacher(torch.eye(features.shape[1], dtype=torch.float64), item_matrix, max_rank=width)
+    return form.item_vectors(width, _BEGINNING_SPREAD)
 
 
 def average_of_alike(new: torch.Tensor, known: torch.Tensor, tables: Sequence[torch.Tensor]) -> list[torch.Tensor]:
