@@ -52,6 +52,7 @@ from llmd4rec_hf.data.formats import format_names  # noqa: E402
 from llmd4rec_hf.data.prepared import MANIFEST, SPLITS  # noqa: E402
 from llmd4rec_hf.errors import ConfigurationError  # noqa: E402
 from llmd4rec_hf.evaluation.report import summary_table  # noqa: E402
+from llmd4rec_hf.evaluation.results import cautions  # noqa: E402
 from llmd4rec_hf.hub import push_run  # noqa: E402
 from llmd4rec_hf.models import build_tiny_llm  # noqa: E402
 from llmd4rec_hf.models.prompt import DEFAULT_PROMPT  # noqa: E402
@@ -275,6 +276,8 @@ def run(argv: list[str], console: Console) -> dict:
     results = MutualDistillation(llm, crm, data.sequences, vocabulary, config, llm_args, crm_args).run()
     if PartialState().is_main_process:
         console.print(summary_table(results))
+        for caution in cautions(results):
+            console.print(f"Caution. {caution}")
         console.print(f"Models, results.json, report.md and report.png are in {options.output_dir}")
         if options.push_to_hub:
             repositories = push_run(options.output_dir, options.hub_model_id)

@@ -28,7 +28,7 @@ from .evaluation.report import write_report
 from .files import storage_errors_named, whole_folder, write_json, write_manifest
 from .models import LLMRecommender, RecommenderEnsemble, RecommenderModel
 from .processes import on_main_process
-from .run_results import assemble_results, dataset_entry, protocol_entry, rounds_of
+from .run_results import assemble_results, dataset_entry, late_gain, protocol_entry, rounds_of
 from .run_state import (
     CONTROL,
     DISTILLED,
@@ -256,9 +256,11 @@ class MutualDistillation:
         PhaseProgress.install(trainer, phase.title)
         trainer.guard.title = phase.title
         trainer.train(resume_from_checkpoint=on_main_process(lambda: last_whole_checkpoint(folder)))
+        history = [entry[f"eval_{METRIC}"] for entry in trainer.state.log_history if f"eval_{METRIC}" in entry]
         metrics = _strip(trainer.evaluate(), "eval_")
         self._save_model(phase.side, folder / "model", trainer)
         record = {"validation": metrics, "seconds": time.monotonic() - started, "epochs": trainer.state.epoch}
+        record["late_gain"] = late_gain(history)
         record["distillation"] = _last_logged(trainer.state.log_history, ("kl", "weight_mean", "agreement"))
         self.state["phases"][phase.name] = record
         self._write_state()
@@ -355,7 +357,7 @@ class MutualDistillation:
         )
 
     def _best_value(self, side: str, until: int) -> float:
-        return max(self._validation(side, n, DISTILLED)[METRIC] for n in self._rounds(side) if n <= until)
+        return max(self._record(side, n, DISTILLED)["validation"][METRIC] for n in self._rounds(side) if n <= until)
 
     # --- the end -------------------------------------------------------------------------------------------------
 
@@ -382,7 +384,7 @@ class MutualDistillation:
 
     def _test_best(self, side: str, arm: str) -> dict:
         """Restore a side's best round by validation, test it, and put a distilled one where users find it."""
-        best = max(self._rounds(side), key=lambda n: self._validation(side, n, arm)[METRIC])
+        best = max(self._rounds(side), key=lambda n: self._record(side, n, arm)["validation"][METRIC])
         model = self._student(side)
         model.load_weights(self._model_folder(side, best, arm))
         args = copy.deepcopy(self.args[side])
@@ -393,14 +395,21 @@ class MutualDistillation:
         ranks = trainer.predict(self.sequences["test"]).predictions
         if arm == DISTILLED:
             self._save_model(side, self.output_dir / side)
-        return {"round": best, "validation": self._validation(side, best, arm), "test": ranking_metrics(ranks)}
+        record = self._record(side, best, arm)
+        return {
+            "round": best,
+            "validation": record["validation"],
+            # A run that an older release began has not written it down.
+            "late_gain": record.get("late_gain"),
+            "test": ranking_metrics(ranks),
+        }
 
     def _rounds(self, side: str) -> list[int]:
         return rounds_of(self.state["phases"], side)
 
-    def _validation(self, side: str, round_number: int, arm: str) -> dict:
+    def _record(self, side: str, round_number: int, arm: str) -> dict:
         phase = Phase(side, round_number, DISTILLED if round_number == 0 else arm)
-        return self.state["phases"][phase.name]["validation"]
+        return self.state["phases"][phase.name]
 
     # --- what is on disk -----------------------------------------------------------------------------------------
 

@@ -76,6 +76,19 @@ def rounds_of(phases: dict[str, dict], side: str) -> list[int]:
     return sorted(int(name.split("-")[0]) for name in phases if name.endswith(f"-{side}-{DISTILLED}"))
 
 
+def late_gain(history: list[float]) -> float | None:
+    """
+    By what share the best value of a training rose in the last tenth of its evaluations, in the last one at least:
+    about nothing where it was trained to the end. `None` where that cannot be said.
+
+    Args:
+        history (`list[float]`): the metric at each evaluation, higher is better.
+    """
+    late = max(1, len(history) // 10)
+    before = max(history[:-late], default=0.0)
+    return max(history) / before - 1 if before else None
+
+
 def _round_entry(phases: dict[str, dict], number: int, has_controls: bool) -> dict:
     entry: dict = {"round": number, "crm": None, "llm": None, "crm_control": None, "llm_control": None}
     entry["distillation"] = {}

@@ -15,8 +15,10 @@ from llmd4rec_hf import (
     MutualDistillation,
     MutualDistillationConfig,
     SASRecModel,
+    mutual_distillation,
 )
 from llmd4rec_hf.errors import ConfigurationError, RunStateError
+from llmd4rec_hf.run_results import late_gain
 from llmd4rec_hf.run_state import Phase
 
 
@@ -74,7 +76,8 @@ def test_results_have_the_documented_shape(whole, memory):
     assert set(whole["rounds"][1]["distillation"]["llm"]) == {"kl", "weight_mean", "agreement"}
     assert set(whole["final"]) == {"crm", "llm", "crm_without_distillation", "llm_without_distillation"}
     for entry in whole["final"].values():
-        assert set(entry) == {"round", "validation", "test"}
+        assert set(entry) == {"round", "validation", "late_gain", "test"}
+        assert entry["late_gain"] >= 0
         assert set(entry["test"]) == {f"{m}@{k}" for m in ("hr", "ndcg", "mrr") for k in (5, 10, 20)}
     assert whole["protocol"] == {
         "split": "leave_one_out",
@@ -93,6 +96,29 @@ def test_each_side_keeps_its_best_round_by_validation(whole):
         values = {e["round"]: e[key]["validation"]["ndcg@10"] for e in whole["rounds"] if e[key] is not None}
         assert final["validation"]["ndcg@10"] == max(values.values())
         assert values[final["round"]] == max(values.values())
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        ([0.1, 0.2, 0.25], 0.25),
+        ([0.1, 0.2, 0.15], 0.0),
+        # Of twenty the last two.
+        ([*[0.1] * 17, 0.2, 0.22, 0.21], 0.1),
+        ([0.2], None),
+        ([], None),
+        ([0.0, 0.2], None),
+    ],
+)
+def test_how_far_validation_rose_at_the_end(history, expected):
+    assert late_gain(history) == pytest.approx(expected)
+
+
+def test_how_a_training_ended_is_seen_before_its_best_model_is_back(make_run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(mutual_distillation, "late_gain", lambda history: seen.append(len(history)))
+    make_run("ended", rounds=1, controls=False).run()
+    assert seen == [3, 2, 3]
 
 
 def test_the_two_models_on_disk_are_the_tested_ones(whole, memory, splits, tmp_path):

@@ -51,7 +51,8 @@ logger = logging.get_logger("llmd4rec_hf")
 HERE = Path(__file__).parent
 METRIC = "ndcg@10"
 SPECIFICATION = yaml.safe_load((HERE / "models.yaml").read_text())
-CRMS = {"sasrec": (SASRecConfig, SASRecModel), "gru4rec": (GRU4RecConfig, GRU4RecModel)}
+SASREC = (SASRecConfig, SASRecModel)
+CRMS = {"sasrec": SASREC, "follower": SASREC, "gru4rec": (GRU4RecConfig, GRU4RecModel)}
 
 
 @dataclasses.dataclass

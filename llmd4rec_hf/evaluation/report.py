@@ -14,6 +14,7 @@ from .results import (
     DASH,
     FINAL_MODELS,
     ROUND_MODELS,
+    cautions,
     cut_offs,
     distillation_of,
     final_metric,
@@ -79,6 +80,7 @@ def markdown_report(results: dict) -> str:
         _test_table(results),
         "A gain is relative to the same model trained without a teacher. All of this is one seed: before a small "
         "difference means anything, run other seeds.",
+        *(f"> **Caution.** {caution}" for caution in cautions(results)),
         "## Validation by round",
         _validation_table(results),
     ]

@@ -17,7 +17,8 @@
         },
     ],
     "final": {
-        "crm": {"round": 0, "validation": {...}, "test": {...}},
+        # late_gain: by what share its best validation NDCG@10 rose in the last tenth of its training
+        "crm": {"round": 0, "validation": {...}, "late_gain": 0.001, "test": {...}},
         # also "llm", "crm_without_distillation", "llm_without_distillation"
     },
     "seconds": {phase: seconds},
@@ -47,6 +48,10 @@ ROUND_MODELS = (
 )
 
 CONTROL_SUFFIX = "_without_distillation"
+# In results["dataset"], where it was measured.
+FLOOR_KEY = "test_ndcg@10_of_item_knn"
+# A model that was still getting better by more than this had not been trained to the end.
+_STILL_RISING = 0.01
 DASH = "–"
 
 
@@ -87,6 +92,27 @@ def relative_gain(results: dict, key: str, metric: str) -> float | None:
     distilled = final_metric(results, key, metric)
     control = final_metric(results, key + CONTROL_SUFFIX, metric)
     return None if distilled is None or not control else (distilled - control) / control
+
+
+def cautions(results: dict) -> list[str]:
+    """What speaks against the test figures, a sentence each: models that should have been trained for longer."""
+    found = []
+    # The floor is measured with seen items masked.
+    floor = results["dataset"].get(FLOOR_KEY) if results["protocol"]["seen_items"] == "masked" else None
+    for key, name in FINAL_MODELS:
+        rise = (results["final"].get(key) or {}).get("late_gain")
+        if rise is not None and rise > _STILL_RISING:
+            found.append(
+                f"{name}: still getting better when its training ended (validation NDCG@10 {percent(rise)} in the "
+                "last tenth of it). With more epochs the gain may be another."
+            )
+        value = final_metric(results, key, "ndcg@10")
+        if floor is not None and value is not None and value < floor:
+            found.append(
+                f"{name}: below item-kNN, a rule that learns nothing (test NDCG@10 {number(floor)}). It is "
+                "under-trained, or its settings do not fit the data."
+            )
+    return found
 
 
 def protocol_line(results: dict) -> str:

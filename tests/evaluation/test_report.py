@@ -9,6 +9,7 @@ from rich.console import Console
 from llmd4rec_hf.evaluation import report
 from llmd4rec_hf.evaluation.figure import draw_report
 from llmd4rec_hf.evaluation.report import markdown_report, relative_gain, summary_table, write_report
+from llmd4rec_hf.evaluation.results import cautions
 
 
 def metrics(scale):
@@ -161,6 +162,42 @@ class TestMarkdownReport:
         run = results()
         run["dataset"]["name"] = "a|b\nc"
         assert markdown_report(run).startswith("# LLMD4Rec on a\\|b c\n")
+
+
+class TestCautions:
+    def test_none_for_models_that_were_trained_to_the_end(self):
+        run = results()
+        for entry in run["final"].values():
+            entry["late_gain"] = 0.01
+        run["dataset"]["test_ndcg@10_of_item_knn"] = 0.0390
+        assert cautions(run) == []
+        assert "Caution" not in markdown_report(run)
+
+    def test_a_model_that_was_still_getting_better(self):
+        run = results()
+        run["final"]["llm_without_distillation"]["late_gain"] = 0.035
+        (caution,) = cautions(run)
+        assert caution.startswith("LLM, without distillation: still getting better")
+        assert "+3.5 %" in caution
+        assert f"> **Caution.** {caution}" in markdown_report(run)
+
+    def test_a_model_below_the_floor(self):
+        run = results()
+        run["dataset"]["test_ndcg@10_of_item_knn"] = 0.0395
+        (caution,) = cautions(run)
+        assert caution.startswith("CRM, distilled: below item-kNN")
+        assert "0.0395" in caution
+
+    def test_the_floor_is_for_masked_items(self):
+        run = results()
+        run["dataset"]["test_ndcg@10_of_item_knn"] = 0.5
+        run["protocol"]["seen_items"] = "kept"
+        assert cautions(run) == []
+
+    def test_what_was_not_run_is_not_blamed(self):
+        run = without_controls()
+        run["dataset"]["test_ndcg@10_of_item_knn"] = 0.5
+        assert cautions(run) == []
 
 
 class TestRelativeGain:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llmd4rec_hf import RecommenderModel
+from llmd4rec_hf.evaluation.results import FLOOR_KEY
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,6 +50,8 @@ def test_a_log_and_a_catalogue_give_two_models_and_a_report(script, log_file, it
     results = json.loads((folder / "results.json").read_text())
     assert results["dataset"]["users"] == 40
     assert results["dataset"]["name"] == "interactions.csv"
+    # A rule that learns nothing, for the report's cautions.
+    assert 0 <= results["dataset"][FLOOR_KEY] <= 1
     assert {path.name for path in folder.iterdir()} >= {"crm", "llm", "report.md", "report.png", "results.json"}
     assert "CRM, distilled" in capsys.readouterr().out
     assert json.loads((folder / "crm" / "config.json").read_text())["hidden_size"] == 16
