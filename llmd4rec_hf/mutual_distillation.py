@@ -258,7 +258,7 @@ class MutualDistillation:
         trainer.train(resume_from_checkpoint=on_main_process(lambda: last_whole_checkpoint(folder)))
         history = [entry[f"eval_{METRIC}"] for entry in trainer.state.log_history if f"eval_{METRIC}" in entry]
         metrics = _strip(trainer.evaluate(), "eval_")
-        self._save_model(phase.side, folder / "model", trainer)
+        self._save_model(phase.side, self._model_folder(phase), trainer)
         record = {"validation": metrics, "seconds": time.monotonic() - started, "epochs": trainer.state.epoch}
         record["late_gain"] = late_gain(history)
         record["distillation"] = _last_logged(trainer.state.log_history, ("kl", "weight_mean", "agreement"))
@@ -273,9 +273,8 @@ class MutualDistillation:
         student = self._student(phase.side)
         student.load_weights(self._start_of(phase))
         other = self.models["crm" if phase.side == "llm" else "llm"]
-        source = self._teacher_of(phase)
-        if source is not None:
-            other.load_weights(source)
+        if phase.teacher is not None:
+            other.load_weights(self._model_folder(phase.teacher))
         args = self._phase_args(phase)
         refresh = phase.side == "llm" and (phase.round == 1 or self.config.refresh == "copy")
         if refresh:
@@ -294,7 +293,7 @@ class MutualDistillation:
         if phase.side == "llm" or self.config.crm_teachers == "llm":
             return other
         own = copy.deepcopy(self.models["crm"])
-        own.load_weights(self._model_folder("crm", phase.round - 1, phase.arm))
+        own.load_weights(self._model_folder(phase.previous))
         return RecommenderEnsemble([other, own])
 
     def _student(self, side: str) -> RecommenderModel:
@@ -305,22 +304,12 @@ class MutualDistillation:
 
     def _start_of(self, phase: Phase) -> Path:
         """Where a phase's student starts: its own last round, in the same arm, or its initial weights."""
-        has_no_round_before = phase.round == 0 or (phase.side == "llm" and phase.round == 1)
-        if has_no_round_before or phase.side in FRESH_STUDENTS[self.config.fresh_students]:
+        if phase.previous is None or phase.side in FRESH_STUDENTS[self.config.fresh_students]:
             return self.output_dir / "phases" / f"initial-{phase.side}"
-        return self._model_folder(phase.side, phase.round - 1, phase.arm)
+        return self._model_folder(phase.previous)
 
-    def _teacher_of(self, phase: Phase) -> Path | None:
-        """The other side's model that a phase learns from, or takes item vectors from."""
-        if phase.round == 0:
-            return None
-        if phase.side == "llm":
-            return self._model_folder("crm", phase.round - 1, phase.arm)
-        return self._model_folder("llm", phase.round, phase.arm)
-
-    def _model_folder(self, side: str, round_number: int, arm: str) -> Path:
-        # Both arms begin with the same warm-up.
-        return self._folder(Phase(side, round_number, DISTILLED if round_number == 0 else arm)) / "model"
+    def _model_folder(self, phase: Phase) -> Path:
+        return self._folder(phase) / "model"
 
     def _folder(self, phase: Phase) -> Path:
         return self.output_dir / "phases" / phase.name
@@ -357,7 +346,7 @@ class MutualDistillation:
         )
 
     def _best_value(self, side: str, until: int) -> float:
-        return max(self._record(side, n, DISTILLED)["validation"][METRIC] for n in self._rounds(side) if n <= until)
+        return max(self._value(Phase(side, number, DISTILLED)) for number in self._rounds(side) if number <= until)
 
     # --- the end -------------------------------------------------------------------------------------------------
 
@@ -384,9 +373,10 @@ class MutualDistillation:
 
     def _test_best(self, side: str, arm: str) -> dict:
         """Restore a side's best round by validation, test it, and put a distilled one where users find it."""
-        best = max(self._rounds(side), key=lambda n: self._record(side, n, arm)["validation"][METRIC])
+        phases = [Phase.of(side, number, arm) for number in self._rounds(side)]
+        best = max(phases, key=self._value)
         model = self._student(side)
-        model.load_weights(self._model_folder(side, best, arm))
+        model.load_weights(self._model_folder(best))
         args = copy.deepcopy(self.args[side])
         args.output_dir = str(self.output_dir / "phases" / "test")
         trainer_class = MutualDistillTrainer if side == "llm" else CRMTrainer
@@ -395,9 +385,9 @@ class MutualDistillation:
         ranks = trainer.predict(self.sequences["test"]).predictions
         if arm == DISTILLED:
             self._save_model(side, self.output_dir / side)
-        record = self._record(side, best, arm)
+        record = self.state["phases"][best.name]
         return {
-            "round": best,
+            "round": best.round,
             "validation": record["validation"],
             # A run that an older release began has not written it down.
             "late_gain": record.get("late_gain"),
@@ -407,9 +397,8 @@ class MutualDistillation:
     def _rounds(self, side: str) -> list[int]:
         return rounds_of(self.state["phases"], side)
 
-    def _record(self, side: str, round_number: int, arm: str) -> dict:
-        phase = Phase(side, round_number, DISTILLED if round_number == 0 else arm)
-        return self.state["phases"][phase.name]
+    def _value(self, phase: Phase) -> float:
+        return self.state["phases"][phase.name]["validation"][METRIC]
 
     # --- what is on disk -----------------------------------------------------------------------------------------
 

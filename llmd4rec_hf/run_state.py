@@ -50,6 +50,26 @@ class Phase:
     round: int
     arm: str
 
+    @classmethod
+    def of(cls, side: str, round_number: int, arm: str) -> Phase:
+        """The phase by which an arm has its model of a round: both arms begin with the same warm-up."""
+        return cls(side, round_number, arm if round_number else DISTILLED)
+
+    @property
+    def previous(self) -> Phase | None:
+        """The training of the same model in the round before. The LLM's first is in round 1."""
+        first = 1 if self.side == "llm" else 0
+        return Phase.of(self.side, self.round - 1, self.arm) if self.round > first else None
+
+    @property
+    def teacher(self) -> Phase | None:
+        """The training of the other model, from which this one learns or takes item vectors."""
+        if self.round == 0:
+            return None
+        if self.side == "crm":
+            return Phase.of("llm", self.round, self.arm)
+        return Phase.of("crm", self.round - 1, self.arm)
+
     @property
     def name(self) -> str:
         return f"{self.round}-{self.side}-{self.arm}"

@@ -99,6 +99,24 @@ def test_each_side_keeps_its_best_round_by_validation(whole):
 
 
 @pytest.mark.parametrize(
+    ("phase", "previous", "teacher"),
+    [
+        (Phase("crm", 0, "distilled"), None, None),
+        (Phase("llm", 1, "distilled"), None, Phase("crm", 0, "distilled")),
+        (Phase("crm", 1, "distilled"), Phase("crm", 0, "distilled"), Phase("llm", 1, "distilled")),
+        (Phase("llm", 2, "distilled"), Phase("llm", 1, "distilled"), Phase("crm", 1, "distilled")),
+        # Both arms begin with one warm-up.
+        (Phase("llm", 1, "control"), None, Phase("crm", 0, "distilled")),
+        (Phase("crm", 1, "control"), Phase("crm", 0, "distilled"), Phase("llm", 1, "control")),
+        (Phase("crm", 2, "control"), Phase("crm", 1, "control"), Phase("llm", 2, "control")),
+    ],
+    ids=lambda phase: getattr(phase, "name", None),
+)
+def test_what_each_phase_builds_upon(phase, previous, teacher):
+    assert (phase.previous, phase.teacher) == (previous, teacher)
+
+
+@pytest.mark.parametrize(
     ("history", "expected"),
     [
         ([0.1, 0.2, 0.25], 0.25),
@@ -241,7 +259,7 @@ def test_both_models_can_teach_the_crm(make_run, monkeypatch):
         trainer = build(phase)
         if phase.name == "2-crm-distilled":
             llm, crm = trainer.teacher.members
-            last_round = SASRecModel.from_pretrained(run._model_folder("crm", 1, "distilled"))
+            last_round = SASRecModel.from_pretrained(run._model_folder(Phase("crm", 1, "distilled")))
             seen.append((llm is run.models["llm"], crm.content_hash() == last_round.content_hash()))
         elif phase.round > 0:
             seen.append(type(trainer.teacher).__name__)
