@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..evaluation.ranking import count_at_least
 from .listed_scores import ListedScores
 from .weighting import WEIGHTINGS, TargetOutcome, rank_weights
 
@@ -259,10 +260,7 @@ class _Exponents:
     @classmethod
     def of(cls, scores: torch.Tensor, targets: torch.Tensor, scale: float, buffer: torch.Tensor) -> _Exponents:
         """From scores, in their place."""
-        # Counting "at least as good" counts the target itself once and every tie against it. Floats are compared and
-        # added up six times faster than booleans, and whole numbers exactly up to 2**24.
-        exact = torch.float32 if scores.shape[1] < 2**24 else torch.float64
-        ranks = torch.ge(scores, scores.gather(1, targets), out=buffer).sum(dim=1, dtype=exact).long()
+        ranks = count_at_least(scores, scores.gather(1, targets), buffer)
         powers = torch.add(scores.amax(dim=1, keepdim=True) * -scale, scores, alpha=scale, out=scores)
         return cls(powers, powers.gather(1, targets).squeeze(1), ranks)
 

@@ -116,37 +116,56 @@ def score_targets(
     # An evaluation under bf16 autocast would score in bf16, where a large catalogue is mostly ties.
     with torch.autocast(hidden.device.type, enabled=False):
         item_vectors = item_matrix.float().T
+        buffers = torch.empty(2, min(chunk_size, rows), columns, dtype=torch.float32, device=hidden.device)
         for start in range(0, rows, chunk_size):
-            chunk = slice(start, start + chunk_size)
-            scores = hidden[chunk].float() @ item_vectors
-            finite[chunk] = _rows_are_finite(scores)
+            chunk = slice(start, min(start + chunk_size, rows))
+            scores, spare = buffers[:, : chunk.stop - start]
+            torch.mm(hidden[chunk].float(), item_vectors, out=scores)
             target = scores.gather(1, labels[chunk, None])
+            # A NaN is neither low nor high but both: no mask of chunk x N is needed. Padding may hold anything.
+            low, high = scores[:, 1:].amin(dim=1), scores[:, 1:].amax(dim=1)
+            finite[chunk] = low.isfinite() & high.isfinite()
             scores[:, 0] = -torch.inf
-            nll[chunk] = scores.logsumexp(dim=1) - target.squeeze(1)
+            powers = torch.sub(scores, high.unsqueeze(1), out=spare).exp_()
+            nll[chunk] = powers.sum(dim=1).log() + high - target.squeeze(1)
             if seen is not None:
                 scores.scatter_(1, seen[chunk], -torch.inf)
                 scores.scatter_(1, labels[chunk, None], target)
-            ranks[chunk] = _count_ranks(scores, target, ties)
+            ranks[chunk] = _count_ranks(scores, target, ties, spare)
     _check_finite(finite)
     return TargetScores(ranks, nll)
 
 
-def _count_ranks(scores: torch.Tensor, target: torch.Tensor, ties: str) -> torch.Tensor:
+def count_at_least(scores: torch.Tensor, target: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """
+    How many scores of each row reach the target's, which is among them: its rank, with ties counted against it.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(C, N)`): of the items of each row.
+        target (`torch.FloatTensor` of shape `(C, 1)`): the target's own.
+        buffer (`torch.FloatTensor` of shape `(C, N)`): is written over.
+
+    Returns:
+        `torch.LongTensor` of shape `(C,)`
+    """
+    return _count(torch.ge(scores, target, out=buffer))
+
+
+def _count(marks: torch.Tensor) -> torch.Tensor:
+    """How many of each row's zeros and ones are ones."""
+    # Floats are added up several times faster than booleans, and whole numbers exactly up to 2**24.
+    return marks.sum(dim=1, dtype=torch.float32 if marks.shape[1] < 2**24 else torch.float64).long()
+
+
+def _count_ranks(scores: torch.Tensor, target: torch.Tensor, ties: str, buffer: torch.Tensor) -> torch.Tensor:
     """Ranks `(C,)` of the targets' scores `(C, 1)` among the scores `(C, N + 1)`, which include the target."""
-    greater = (scores > target).sum(dim=1)
+    if ties == "pessimistic":
+        return count_at_least(scores, target, buffer)
+    greater = _count(torch.gt(scores, target, out=buffer))
     if ties == "optimistic":
         return greater + 1
-    not_smaller = (scores >= target).sum(dim=1)  # counts the target itself, hence no "+ 1"
-    if ties == "pessimistic":
-        return not_smaller
-    others = not_smaller - greater - 1
+    others = count_at_least(scores, target, buffer) - greater - 1
     return 1 + greater + (others + 1) // 2
-
-
-def _rows_are_finite(scores: torch.Tensor) -> torch.Tensor:
-    """Whether every item of a row `(C, N + 1)` has a finite score; column 0 is padding and may hold anything."""
-    low, high = scores[:, 1:].aminmax(dim=1)  # both are NaN if any score is: no mask of chunk x N is needed
-    return low.isfinite() & high.isfinite()
 
 
 def _check_options(ties: str, chunk_size: int | None) -> None:
