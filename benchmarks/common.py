@@ -23,19 +23,28 @@ from llmd4rec_hf import SASRecConfig, SASRecModel
 
 
 RESULTS = Path(__file__).parent / "results"
+# Where what a benchmark measures takes place.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # With this power (see `make_teacher`) a teacher of width 1024 keeps about as many dimensions as an LLM of that width
 # does that was trained on the demo: 135.
 TRAINED_POWER = 0.75
 PACKAGES = ("llmd4rec-hf", "torch", "transformers", "accelerate", "datasets", "liger-kernel", "recbole", "rectools")
 
 
+def finished(function: Callable[[], object]) -> None:
+    """Call a function and wait for what it has left for the accelerator to do."""
+    function()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def median_seconds(function: Callable[[], object], repeats: int) -> float:
     """Median wall time of a call, after one call that is not counted."""
-    function()
+    finished(function)
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        function()
+        finished(function)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -59,11 +68,11 @@ def interleaved_times(
     clocks = {"seconds": time.perf_counter, "processor_seconds": time.process_time}
     times = {name: {clock: [] for clock in clocks} for name in functions}
     for function in functions.values() if warm_up else ():
-        function()
+        finished(function)
     for _ in range(repeats):
         for name, function in functions.items():
             starts = {clock: read() for clock, read in clocks.items()}
-            function()
+            finished(function)
             for clock, read in clocks.items():
                 times[name][clock].append(read() - starts[clock])
     return {name: {clock: statistics.median(values) for clock, values in of.items()} for name, of in times.items()}
@@ -71,9 +80,15 @@ def interleaved_times(
 
 def peak_extra_bytes(function: Callable[[], object]) -> int:
     """
-    How far a call raises this process's resident memory above where it was before, on Linux. To be called once per
-    process, before anything else has raised the peak: allocators keep what they once had.
+    How far a call raises this process's resident memory above where it was before, on Linux, or what it has allocated
+    on the accelerator. To be called once per process, before anything else has raised the peak: allocators keep what
+    they once had.
     """
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        finished(function)
+        return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     function()
@@ -139,7 +154,7 @@ def write_result(name: str, result: dict) -> None:
 
 def matmul_rate(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
     """Floating-point operations per second of one matrix product of this shape on this machine."""
-    left, right = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
+    left, right = (torch.randn(count, inner, dtype=dtype, device=DEVICE) for count in (rows, columns))
     return 2 * rows * inner * columns / median_seconds(lambda: left @ right.T, 7)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 One step of the loss, forward and backward, with a teacher and without: ours beside plain autograd and, where it is
-installed, Liger-Kernel's chunked distillation loss on the same work. Ratios come from one run, with the variants in
-turns, by processor time and by wall time.
+installed, Liger-Kernel's losses on the same work. Ratios come from one run, with the variants in turns, by processor
+time and by wall time; on a GPU, where sizes are larger, by wall time alone.
 
     python benchmarks/loss.py
 """
@@ -11,32 +11,48 @@ from __future__ import annotations
 
 import argparse
 import json
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from common import in_own_process, interleaved_times, matmul_rate, peak_extra_bytes, write_result
+from common import DEVICE, in_own_process, interleaved_times, matmul_rate, peak_extra_bytes, write_result
 
 from llmd4rec_hf import distillation_loss, rank_weights
 
 
 TEMPERATURE, KL_WEIGHT, WIDTH, TEACHER_WIDTH = 2.0, 0.5, 64, 256
+ON_GPU = DEVICE.type == "cuda"
 # (items, positions, whether there is a teacher, whether plain autograd fits, repeats)
-SIZES = (
-    (12_101, 1024, True, True, 9),
-    (12_101, 1024, False, True, 9),
-    (200_000, 1024, True, True, 1),
-    (1_000_000, 256, True, False, 1),
-)
+SIZES = {
+    "cpu": (
+        (12_101, 1024, True, True, 9),
+        (12_101, 1024, False, True, 9),
+        (200_000, 1024, True, True, 1),
+        (1_000_000, 256, True, False, 1),
+    ),
+    "cuda": (
+        (12_101, 8192, True, True, 25),
+        (12_101, 8192, False, True, 25),
+        (200_000, 4096, True, True, 9),
+        (1_000_000, 512, True, True, 5),
+    ),
+}
+# A product whose operands stay in a processor's caches, or keep all of a GPU busy.
+RATE_SHAPE = (8192, WIDTH, 12_101) if ON_GPU else (256, WIDTH, 1024)
 
 
 def make_inputs(items: int, positions: int, teacher: bool = True):
     """Random students and teachers whose scores spread like those of trained models (standard deviation of 2)."""
-    random = torch.Generator().manual_seed(0)
-    hidden = torch.randn(positions, WIDTH, generator=random).requires_grad_()
-    item_matrix = (torch.randn(items + 1, WIDTH, generator=random) * 2 / WIDTH**0.5).requires_grad_()
-    teacher_hidden = torch.randn(positions, TEACHER_WIDTH, generator=random)
-    teacher_items = torch.randn(items + 1, TEACHER_WIDTH, generator=random) * 2 / TEACHER_WIDTH**0.5
-    labels = torch.randint(1, items + 1, (positions,), generator=random)
+    random = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(rows, width, deviation=1.0):
+        return torch.randn(rows, width, generator=random, device=DEVICE) * deviation
+
+    hidden = normal(positions, WIDTH).requires_grad_()
+    item_matrix = normal(items + 1, WIDTH, 2 / WIDTH**0.5).requires_grad_()
+    teacher_hidden = normal(positions, TEACHER_WIDTH)
+    teacher_items = normal(items + 1, TEACHER_WIDTH, 2 / TEACHER_WIDTH**0.5)
+    labels = torch.randint(1, items + 1, (positions,), generator=random, device=DEVICE)
     return hidden, item_matrix, labels, *((teacher_hidden, teacher_items) if teacher else ())
 
 
@@ -64,16 +80,19 @@ def ours(*inputs) -> torch.Tensor:
 
 def ours_bf16(*inputs) -> torch.Tensor:
     """The chunked loss as it runs under bf16 training."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         return ours(*inputs)
 
 
-def liger():
-    """Liger-Kernel's chunked forward KL with cross-entropy, or `None`. It has neither weights nor ranks."""
-    try:
-        from liger_kernel.chunked_loss.fused_linear_distillation import LigerFusedLinearDistillationBase
-    except ImportError:
-        return None
+def plain_autograd_bf16(*inputs) -> torch.Tensor:
+    """Plain autograd as it runs under bf16 training."""
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        return plain_autograd(*inputs)
+
+
+def liger_chunked():
+    """Liger-Kernel's chunked forward KL with cross-entropy. It has neither weights nor ranks."""
+    from liger_kernel.chunked_loss.fused_linear_distillation import LigerFusedLinearDistillationBase
 
     class ForwardKL(LigerFusedLinearDistillationBase):
         @staticmethod
@@ -85,7 +104,7 @@ def liger():
         def forward(cls, ctx, student_input, student_weight, teacher_input, teacher_weight, labels):
             return super().forward(
                 cls, ctx, student_input, student_weight, teacher_input, teacher_weight, labels,
-                chunk_size=128, compiled=False, temperature=TEMPERATURE,
+                chunk_size=1024 if ON_GPU else 128, compiled=ON_GPU, temperature=TEMPERATURE,
                 weight_hard_loss=1.0, weight_soft_loss=KL_WEIGHT * TEMPERATURE**2,
             )  # fmt: skip
 
@@ -100,9 +119,26 @@ def liger():
     return run
 
 
+def liger_triton(hidden, item_matrix, labels, teacher_hidden=None, teacher_items=None) -> torch.Tensor:
+    """Liger-Kernel's Triton kernels for cross-entropy and forward KL, in turn. They have neither weights nor ranks."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
+
+    loss = LigerFusedLinearCrossEntropyLoss()(item_matrix[1:], hidden, labels - 1)
+    if teacher_hidden is None:
+        return loss
+    divergence = LigerFusedLinearJSD(jsd_beta=0.0, temperature=TEMPERATURE)
+    kl = divergence(hidden, item_matrix[1:], teacher_hidden, teacher_items[1:], labels - 1)
+    return loss + KL_WEIGHT * TEMPERATURE**2 * kl
+
+
 VARIANTS = {"ours": ours, "ours bf16": ours_bf16, "plain autograd": plain_autograd}
-if (_liger := liger()) is not None:
-    VARIANTS["liger chunked"] = _liger
+WITH_TEACHER_ALONE = ("liger chunked",)
+if ON_GPU:
+    VARIANTS["plain autograd bf16"] = plain_autograd_bf16
+if find_spec("liger_kernel"):
+    VARIANTS["liger chunked"] = liger_chunked()
+    if ON_GPU:
+        VARIANTS["liger triton"] = liger_triton
 
 
 def step(name: str, inputs):
@@ -134,7 +170,9 @@ def peak(name: str, items: int, positions: int, teacher: bool, threads: int) -> 
 def measure(items: int, positions: int, teacher: bool, fits: bool, repeats: int, threads: int) -> dict:
     """All variants at one size."""
     inputs, gradients = make_inputs(items, positions, teacher), {}
-    names = [name for name in VARIANTS if name.startswith("ours") or (fits and (teacher or "liger" not in name))]
+    names = [
+        name for name in VARIANTS if name.startswith("ours") or (fits and (teacher or name not in WITH_TEACHER_ALONE))
+    ]
 
     def run(name):
         gradients[name] = step(name, inputs)
@@ -151,8 +189,7 @@ def measure(items: int, positions: int, teacher: bool, fits: bool, repeats: int,
         }
     teacher_width = TEACHER_WIDTH if teacher else None
     operations = 2 * positions * items * (3 * WIDTH + (teacher_width or 0))
-    # A product whose operands stay in the caches.
-    rates = {str(d).removeprefix("torch."): matmul_rate(256, WIDTH, 1024, d) for d in (torch.float32, torch.bfloat16)}
+    rates = {str(d).removeprefix("torch."): matmul_rate(*RATE_SHAPE, d) for d in (torch.float32, torch.bfloat16)}
     return {
         "items": items,
         "positions": positions,
@@ -170,11 +207,11 @@ def show(result: dict) -> None:
     base = variants.get("plain autograd", variants["ours"])
     teacher = f"d_t={result['teacher_width']}" if result["teacher_width"] else "no teacher"
     print(f"\n{result['items']:,} items, {result['positions']} positions, d={WIDTH}, {teacher}")
+    clock = "seconds" if ON_GPU else "processor_seconds"
     for name, facts in variants.items():
-        keys = ("processor_seconds", "seconds", "extra_bytes")
-        faster, sooner, smaller = (base[key] / max(facts[key], 1e-9) for key in keys)
+        faster, sooner, smaller = (base[key] / max(facts[key], 1e-9) for key in (clock, "seconds", "extra_bytes"))
         print(
-            f"  {name:15s} {facts['processor_seconds'] * 1e3:9.1f} ms  "
+            f"  {name:19s} {facts[clock] * 1e3:9.1f} ms  "
             f"{faster:6.2f}x faster  {sooner:6.2f}x by wall time   "
             f"{facts['extra_bytes'] / 2**20:8.1f} MiB extra  1/{smaller:.1f}   "
             f"gradient error {max(facts['gradient_error'].values()):.1e}"
@@ -197,10 +234,10 @@ def main() -> None:
         print(json.dumps({"bytes": memory(options.memory, options.items, options.positions, options.teacher)}))
         return
     results = []
-    for size in SIZES:
+    for size in SIZES[DEVICE.type]:
         results.append(measure(*size, options.threads))
         show(results[-1])
-    write_result("loss", {"sizes": results})
+    write_result("loss_gpu" if ON_GPU else "loss", {"sizes": results})
 
 
 if __name__ == "__main__":
