@@ -164,7 +164,7 @@ def _distinct(table: pa.Table, policy: str) -> np.ndarray | None:
     if policy == "keep":
         return None
     user, item = sorted_codes(table["user_id"])[0], sorted_codes(table["item_id"])[0]
-    pair = user * np.int64(item.max() + 1) + item
+    pair = user.astype(np.int64) * (int(item.max()) + 1) + item
     if policy == "exact":
         return ~pd.DataFrame({"pair": pair, "time": table["timestamp"].to_numpy()}).duplicated().to_numpy()
     return ~pd.Series(pair).duplicated(keep=policy).to_numpy()

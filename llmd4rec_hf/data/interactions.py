@@ -141,7 +141,7 @@ def _stable_order(user: np.ndarray, time: np.ndarray) -> np.ndarray:
     if time.dtype.kind in "iu" and len(time):
         first, span = int(time.min()), int(time.max()) - int(time.min()) + 1
         if (int(user.max()) + 1) * span < 2**63:
-            return np.argsort(user * np.int64(span) + (time - first), kind="stable")
+            return np.argsort(user.astype(np.int64) * span + (time - first), kind="stable")
     return np.lexsort((time, user))
 
 

@@ -136,6 +136,9 @@ class TestColumns:
     def test_latin_1_and_byte_order_mark(self, tmp_path):
         (tmp_path / "latin.csv").write_bytes("user_id,item_id,timestamp\n1,Café,1\n".encode("latin-1"))
         assert load_interactions(tmp_path / "latin.csv")["item_id"] == ["Café"]
+        (tmp_path / "header.csv").write_bytes("client,café,année\n1,2,1\n".encode("latin-1"))
+        columns = {"user_id": "client", "item_id": "café", "timestamp": "année"}
+        assert load_interactions(tmp_path / "header.csv", columns=columns)["item_id"] == [2]
         (tmp_path / "bom.csv").write_bytes(b"\xef\xbb\xbfuser_id,item_id,timestamp\n007,1,1\n")
         assert load_interactions(tmp_path / "bom.csv")["user_id"] == ["007"]
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import tiny_runs
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from llmd4rec_hf import (
@@ -398,6 +398,7 @@ def test_there_are_sixty_cases():
 GOOD = {
     "byte order mark": ("\ufeff" + LOG).encode(),
     "line ends of Windows": LOG.replace("\n", "\r\n").encode(),
+    "line ends of old Macs": LOG.replace("\n", "\r").encode(),
     "duplicate rows": (LOG + LOG.split("\n", 1)[1]).encode(),
     "ids of mixed types": (HEADER + "1,a,1\nx,2,2\n").encode(),
     "Latin-1": (HEADER + "José,i,1\n").encode("latin-1"),
@@ -445,6 +446,8 @@ def is_read_or_refused(load, source) -> None:
 @given(
     content=st.binary(max_size=300), suffix=st.sampled_from([".csv", ".tsv", ".json", ".jsonl", ".parquet", ".dat"])
 )
+@example(content=b"\x01\r\t", suffix=".csv")
+@example(content=b"\t\x80\r", suffix=".csv")
 def test_any_bytes_are_a_log_or_refused(tmp_path_factory, content, suffix):
     path = tmp_path_factory.mktemp("fuzz") / f"log{suffix}"
     path.write_bytes(content)

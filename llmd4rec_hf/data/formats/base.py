@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import logging
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -169,13 +171,21 @@ def text_head(path: Path, size: int = HEAD_BYTES) -> str:
         return ""
     if len(content) == size and b"\n" in content:
         content = content[: content.rindex(b"\n")]
-    return content.decode("utf-8", errors="replace").lstrip("\ufeff")
+    return (_utf8(content) or content.decode("latin-1")).lstrip("\ufeff")
+
+
+def _utf8(content: bytes) -> str | None:
+    """The beginning of a file as text, if it is UTF-8; it may end within a character."""
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(content)
+    except UnicodeDecodeError:
+        return None
 
 
 def head_lines(path: Path, count: int = 20) -> list[str]:
-    """The first lines of a text file that are not blank."""
-    lines = [line.rstrip("\r") for line in text_head(path).split("\n") if line.strip()]
-    return lines[:count]
+    """The first lines of a text file that are not blank. Lines end as they do for Arrow, old Macs' ways included."""
+    lines = re.split(r"\r\n?|\n", text_head(path))
+    return [line for line in lines if line.strip()][:count]
 
 
 def first_text_line(path: Path) -> str:
@@ -220,7 +230,11 @@ def read_delimited(
     text = dict.fromkeys(names or header or [], pa.string())
     parse = pa.csv.ParseOptions(delimiter=delimiter, quote_char=quote, newlines_in_values=bool(quote))
     convert = pa.csv.ConvertOptions(column_types=text, include_columns=columns)
-    for encoding in ("utf8", "latin-1"):
+    # Arrow says of values that they are not UTF-8, of the header it does not.
+    is_utf8 = _utf8(head(path) if content is None else content[:HEAD_BYTES]) is not None
+    for encoding in ("utf8", "latin-1") if is_utf8 else ("latin-1",):
+        if encoding == "latin-1":
+            logger.info("%s is not UTF-8: reading it as Latin-1", path)
         read = pa.csv.ReadOptions(encoding=encoding, block_size=1 << 24, column_names=names)
         try:
             with open_binary(path) if content is None else pa.BufferReader(content) as stream:
@@ -228,7 +242,6 @@ def read_delimited(
         except pa.ArrowInvalid as error:
             if "UTF8" not in str(error) or encoding == "latin-1":
                 raise DataError(f"{path}: {first_line(error)}; mend that row") from error
-        logger.info("%s is not UTF-8: reading it as Latin-1", path)
     raise AssertionError("Latin-1 decodes everything")
 
 
