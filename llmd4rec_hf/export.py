@@ -7,6 +7,7 @@ import copy
 import logging
 import os
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,7 @@ def export_model(
 
     Raises:
         ConfigurationError: an LLM, a model without vocabulary, a `k` below 1, an unknown format or one whose packages
-            are missing, or a model that cannot be traced.
+            are missing, a torch that would pickle parts of a program, or a model that cannot be traced.
 
     Example:
 
@@ -153,8 +154,21 @@ def _trace(model: RecommenderModel, k: int | None) -> tuple[ExportedProgram, dic
 
 def _save_torch(program: ExportedProgram, path: Path, shapes: dict) -> None:
     # The inputs that it was traced with would be stored as a pickle; nothing needs them.
-    program.example_inputs = None
+    program._example_inputs = None  # the setter of older releases takes no `None`
     torch.export.save(program, path)
+    if pickled := pickles_in(path):
+        path.unlink()
+        raise ConfigurationError(
+            f"torch {torch.__version__} puts pickles into a program ({pickled[0]}), which this package never writes: "
+            "take a newer torch, or format='onnx'."
+        )
+
+
+def pickles_in(path: Path) -> list[str]:
+    """Names of the pickles in an archive: bare ones, and archives of their own, as `torch.save` writes them."""
+    with zipfile.ZipFile(path) as archive:
+        heads = {name: archive.open(name).read(2) for name in archive.namelist()}
+    return [name for name, head in heads.items() if head == b"PK" or head[:1] == b"\x80"]
 
 
 def _save_onnx(program: ExportedProgram, path: Path, shapes: dict) -> None:

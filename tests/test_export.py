@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import zipfile
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import PreTrainedConfig, set_seed
 
 from llmd4rec_hf import GRU4RecConfig, GRU4RecModel, ItemVocabulary, RecommenderModel, SASRecConfig, SASRecModel
 from llmd4rec_hf.errors import ConfigurationError
-from llmd4rec_hf.export import export_model
+from llmd4rec_hf.export import export_model, pickles_in
 
 
 MAX_LENGTH, NUM_ITEMS, K = 5, 30, 6
@@ -105,10 +106,25 @@ def test_the_model_stays_as_it_was(tmp_path):
 
 
 def test_no_pickle_in_the_program(tmp_path):
-    path = export_model(sasrec(), tmp_path, "torch")
-    with zipfile.ZipFile(path) as archive:
-        assert not [name for name in archive.namelist() if archive.read(name)[:1] == b"\x80"]
-        assert not [name for name in archive.namelist() if archive.read(name)[:2] == b"PK"]
+    assert pickles_in(export_model(sasrec(), tmp_path, "torch")) == []
+    torch.save({"weight": torch.ones(2)}, tmp_path / "weight.pt")
+    found = tmp_path / "pickles.zip"
+    with zipfile.ZipFile(found, "w") as archive:
+        archive.writestr("text", "weights")
+        archive.writestr("bare", pickle.dumps([1]))
+        archive.write(tmp_path / "weight.pt", "saved")
+    assert pickles_in(found) == ["bare", "saved"]
+
+
+def test_a_torch_that_pickles_is_refused(tmp_path, monkeypatch):
+    def save(program, path):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/serialized_state_dict.pt", b"PK")
+
+    monkeypatch.setattr(torch.export, "save", save)
+    with pytest.raises(ConfigurationError, match="puts pickles into a program .*serialized_state_dict.pt"):
+        export_model(sasrec(), tmp_path, "torch")
+    assert not list(tmp_path.iterdir())
 
 
 def test_hidden_states_alone_for_an_index(tmp_path):
