@@ -395,8 +395,9 @@ class LLMRecommender(RecommenderModel):
         """
         Load a recommender that [`~LLMRecommender.save_pretrained`] wrote, from a folder or the Hub.
 
-        `AutoModel` does the same for a folder. Given the Hub id of a repository with an adapter it does what
-        transformers does for all of these: it loads the base model with the adapter, and leaves out the rest.
+        `AutoModel` does the same for a folder (transformers 5.4 or later). Given the Hub id of a repository with an
+        adapter it does what transformers does for all of these: it loads the base model with the adapter, and leaves
+        out the rest.
 
         Args:
             pretrained_model_name_or_path (`str`): folder or Hub id.

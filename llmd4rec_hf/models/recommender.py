@@ -310,11 +310,12 @@ class RecommenderModel(PreTrainedModel):
         self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
     ) -> None:
         """Save weights, configuration and, if there is one, the item vocabulary. See [`PreTrainedModel`]."""
+        if not is_main_process:
+            return
         hub_kwargs = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs} if push_to_hub else {}
-        if is_main_process:
-            self.save_companions(save_directory)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if push_to_hub and is_main_process:
+        self.save_companions(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
+        if push_to_hub:
             # Not by the base class, which would upload only what it has written itself.
             repository = hub_kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
             self.push_to_hub(repository, **hub_kwargs)

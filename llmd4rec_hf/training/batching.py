@@ -116,7 +116,13 @@ class HistoryTrainer(Trainer):
             worker_init_fn=partial(seed_worker, num_workers=options["num_workers"], rank=self.args.process_index),
             **{name: value for name, value in options.items() if value is not None},
         )
-        return self.accelerator.prepare(loader)
+        # All processes have as many batches already, and evening out is what `accelerate` wants one batch size for.
+        sharing, evens = self.accelerator.dataloader_config, self.accelerator.even_batches
+        sharing.even_batches = False
+        try:
+            return self.accelerator.prepare(loader)
+        finally:
+            sharing.even_batches = evens
 
     def _budgeted_batches(self) -> PositionBudgetBatchSampler:
         budget = self.settings.max_positions_per_batch

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 from transformers.trainer_callback import TrainerState
@@ -38,6 +39,24 @@ def _checkpoints(folder: Path) -> list[Path]:
         return []
     found = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def rotate_checkpoints(folder: str | os.PathLike, limit: int | None, best: str | os.PathLike | None) -> None:
+    """
+    Delete the oldest checkpoints in `folder`, never the last one or the best.
+
+    Args:
+        folder (`str` or `os.PathLike`): where they are.
+        limit (`int`, *optional*): how many stay; all with `None` or 0.
+        best (`str` or `os.PathLike`, *optional*): the best one.
+    """
+    checkpoints = _checkpoints(Path(folder))
+    if not limit or not checkpoints:
+        return
+    kept = {checkpoints[-1].name} if best is None else {checkpoints[-1].name, Path(best).name}
+    others = [checkpoint for checkpoint in checkpoints if checkpoint.name not in kept]
+    for checkpoint in others[: max(0, len(checkpoints) - max(limit, len(kept)))]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _damage_of_best(checkpoint: Path) -> str | None:

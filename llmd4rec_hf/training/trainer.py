@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import EarlyStoppingCallback, EvalPrediction, TrainingArguments
-from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import HubStrategy
 
 from ..distillation import (
     ListedScores,
@@ -30,7 +30,7 @@ from ..models import RecommenderModel
 from ..models.recommender import supervised
 from ..processes import on_main_process
 from .batching import HistoryTrainer, has_lengths
-from .checkpoints import last_whole_checkpoint, rehome
+from .checkpoints import last_whole_checkpoint, rehome, rotate_checkpoints
 from .guard import StepGuard
 from .loss_chunks import LossChunks
 from .loss_sums import LOSS_SUMS_NAME, LossSums
@@ -273,15 +273,15 @@ class DistillationTrainer(HistoryTrainer):
         """The embedding that a step reads and updates only some rows of."""
         return None if self._num_negatives is None else self.model.tied_embedding
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+    def create_optimizer(self, *model) -> torch.optim.Optimizer:  # releases differ in whether they are given one
         """As in `Trainer`; with `num_sampled_items` one that updates the item matrix by rows, [`RowAdamW`]."""
         if self._embedding_by_rows is not None:
             self._embedding_by_rows.sparse = True
             if self.optimizer_cls_and_kwargs is None:
-                _, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+                _, settings = self.get_optimizer_cls_and_kwargs(self.args, *model)
                 settings.pop("fused", None)
                 self.optimizer_cls_and_kwargs = RowAdamW, settings
-        return super().create_optimizer(model)
+        return super().create_optimizer(*model)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `Trainer`; with `num_sampled_items` clipping, which knows dense gradients alone, is given those."""
@@ -322,7 +322,7 @@ class DistillationTrainer(HistoryTrainer):
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
         (checkpoint / LOSS_SUMS_NAME).write_text(json.dumps(sums))
         write_manifest(checkpoint)
-        rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=True)
+        rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # `Trainer` pickles its arguments beside the weights, and pushes them: not with the token.

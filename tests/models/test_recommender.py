@@ -10,12 +10,17 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from llmd4rec_hf.data import ItemVocabulary, SequenceCollator
 from llmd4rec_hf.errors import ConfigurationError, DataError
 from llmd4rec_hf.models import Recommendations, RecommenderModel, RecommenderOutput
+
+
+AUTO_MODEL_TAKES_ADAPTERS = Version(transformers.__version__) >= Version("5.4")
 
 
 # Shapes choose the order in which products are summed up; nothing else may tell two computations of a state apart.
@@ -210,6 +215,8 @@ def test_auto_classes(kind, still_model, batch, tmp_path):
     model = still_model(kind)
     model.save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
+    if "lora" in kind and not AUTO_MODEL_TAKES_ADAPTERS:
+        pytest.skip("this release of transformers takes such a folder for its base model")
     loaded = AutoModel.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     assert_same_model(loaded, model, batch)
@@ -224,7 +231,8 @@ def test_the_vocabulary_travels_with_the_model(make_model, titles, tmp_path, ids
         loaded = type(model).from_pretrained(tmp_path / kind)
         assert loaded.vocabulary == model.vocabulary
         assert loaded.recommend([ids[:2]], k=3).ids == model.recommend([ids[:2]], k=3).ids
-        assert AutoModel.from_pretrained(tmp_path / kind).vocabulary == model.vocabulary
+        if kind == "sasrec" or AUTO_MODEL_TAKES_ADAPTERS:
+            assert AutoModel.from_pretrained(tmp_path / kind).vocabulary == model.vocabulary
 
 
 def test_no_vocabulary_is_fine(crm_kind, still_model, tmp_path):

@@ -188,7 +188,12 @@ def test_a_resumed_epoch_goes_on_with_its_own_order(budgeted, processes):
             epoch.sampler = LengthBucketSampler(lengths, 4 * processes)
             batches = {"sampler": epoch.sampler, "batch_size": 4}
         prepared = prepare_data_loader(
-            DataLoader(range(40), **batches), torch.device("cpu"), processes, 0, put_on_device=True
+            DataLoader(range(40), **batches),
+            torch.device("cpu"),
+            processes,
+            0,
+            put_on_device=True,
+            even_batches=not budgeted,
         )
         return prepared, epoch
 

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+
+from llmd4rec_hf.training.checkpoints import rotate_checkpoints
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [
+        (None, 5, [5, 10, 20, 100]),
+        (0, 5, [5, 10, 20, 100]),
+        (4, None, [5, 10, 20, 100]),
+        (2, None, [20, 100]),
+        (1, None, [100]),
+        (1, 100, [100]),
+        # The last one is for going on, the best one for the end: both stay, however low the limit.
+        (1, 5, [5, 100]),
+        (2, 5, [5, 100]),
+        (3, 10, [10, 20, 100]),
+        # A best one that is elsewhere protects none of these.
+        (2, 7, [20, 100]),
+    ],
+)
+def test_rotation(tmp_path, limit, best, left):
+    for step in (5, 100, 10, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_text("w")
+    others = [tmp_path / "checkpoint-7x", tmp_path / "model"]
+    for path in others:
+        path.mkdir()
+    rotate_checkpoints(tmp_path, limit, None if best is None else tmp_path / f"checkpoint-{best}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*(path.name for path in others), *(f"checkpoint-{step}" for step in left)]
+    )
+
+
+def test_nothing_to_rotate(tmp_path):
+    rotate_checkpoints(tmp_path / "not-there", 1, None)
