@@ -322,9 +322,10 @@ class LLMRecommender(RecommenderModel):
             inputs = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
             return self.backbone(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, prefix.shape[1] :]
         # The prefix is the same for every row: computed once, its keys and values are repeated over the batch.
-        cache = self.backbone(inputs_embeds=prefix, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(tokens.shape[0])
-        return self.backbone(inputs_embeds=tokens, past_key_values=cache, use_cache=True).last_hidden_state
+        outputs = self.backbone(inputs_embeds=prefix, use_cache=True)
+        name = "cache" if "cache" in outputs else "past_key_values"  # before transformers 5.24
+        outputs[name].batch_repeat_interleave(tokens.shape[0])
+        return self.backbone(inputs_embeds=tokens, **{name: outputs[name]}, use_cache=True).last_hidden_state
 
     def _checkpoints_activations(self) -> bool:
         return any(getattr(module, "gradient_checkpointing", False) for module in self.backbone.modules())
