@@ -224,7 +224,6 @@ def main() -> None:
     """Measure every size, or, for one variant in its own process, its memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--result", default="loss_gpu" if ON_GPU else "loss", help="name of the result file")
     parser.add_argument("--memory", metavar="VARIANT", help=argparse.SUPPRESS)
     parser.add_argument("--items", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--positions", type=int, help=argparse.SUPPRESS)
@@ -238,7 +237,7 @@ def main() -> None:
     for size in SIZES[DEVICE.type]:
         results.append(measure(*size, options.threads))
         show(results[-1])
-    write_result(options.result, {"sizes": results})
+    write_result("loss_gpu" if ON_GPU else "loss", {"sizes": results})
 
 
 if __name__ == "__main__":
