@@ -122,7 +122,7 @@ def score_targets(
             scores, spare = buffers[:, : chunk.stop - start]
             torch.mm(hidden[chunk].float(), item_vectors, out=scores)
             target = scores.gather(1, labels[chunk, None])
-            # A NaN is neither low nor high but both: no mask of chunk x N is needed. Padding may hold anything.
+            # Both are NaN if any score is: no mask of chunk x N is needed. Padding may hold anything.
             low, high = scores[:, 1:].amin(dim=1), scores[:, 1:].amax(dim=1)
             finite[chunk] = low.isfinite() & high.isfinite()
             scores[:, 0] = -torch.inf
