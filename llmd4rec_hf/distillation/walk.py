@@ -2,8 +2,10 @@
 """
 The walk over the positions that a loss over all items is made of: chunks of scores, and what becomes of them.
 
-On a CPU half of the time goes into matrix products, and most of the rest into reading and writing scores: hence the
-sizes below, the powers of two, and the buffers that are written over as soon as they are not needed any more.
+On a CPU half of the time goes into matrix products, and most of the rest into reading and writing scores. So these
+are gone through as seldom as can be: products come out as exponents to the base 2, no row is shifted where float32
+holds it as it is or normalised (its hidden state is divided instead), and buffers are written over as soon as they are
+not needed any more.
 """
 
 from __future__ import annotations
@@ -32,6 +34,11 @@ _SCORE_BLOCK_BYTES = 256 << 10
 # Bytes of the item matrix's gradient in float32 that one half-precision product on a CPU adds to: the product, and its
 # copy in float32, are then added while they are in the caches, and need no memory to speak of.
 _GRADIENT_BLOCK_BYTES = 4 << 20
+# Exponents to the base 2 beyond which rows are shifted by their largest one: up to these the numerators of both
+# softmaxes, sums over a catalogue, and quotients of two models' sums are normal numbers in float32, that is from
+# 2**-126 to 2**128.
+_LARGEST_EXPONENT = 100.0
+_LARGEST_SUM_OF_EXPONENTS = 120.0
 
 
 @dataclass(frozen=True)
@@ -84,30 +91,38 @@ class Walk:
 
     def __init__(self, hidden, item_matrix, need_gradients, *, labels, teacher, teacher_item_matrix, settings):
         positions, num_items = hidden.shape[0], item_matrix.shape[0] - 1
-        self.settings, self.labels = settings, labels
+        self.settings, self.targets = settings, labels[:, None] - 1
         self.chunk_rows = max(1, min(settings.chunk_size, positions))
         self.slice_rows = min(self.chunk_rows, default_slice_size(num_items, hidden.device))
-        sizes = settings.matmul_dtype, self.chunk_rows, self.slice_rows
+        sizes = settings.exponent_scale, settings.matmul_dtype, self.chunk_rows, self.slice_rows
         self.student = _Side(hidden, item_matrix, *sizes)
         self.teacher = None
         if isinstance(teacher, ListedScores):
-            self.teacher = _ListedSide(teacher, num_items, self.slice_rows)
+            self.teacher = _ListedSide(teacher, num_items, settings.exponent_scale, self.slice_rows)
         elif teacher is not None:
             self.teacher = _Side(teacher, teacher_item_matrix, *sizes)
+        self.shifted = not self._within_float32()
         empty = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
         self.buffer = empty(self.slice_rows, num_items)
         self.ranks = [labels.new_zeros(positions) for _ in range(2)]
         self.cross_entropy, self.kl, self.weights, self.agreement = empty(4, positions).zero_()
         self.gradients = (empty(hidden.shape), empty(item_matrix.shape).zero_()) if need_gradients else None
 
+    def _within_float32(self) -> bool:
+        """Whether no row needs a shift, by what the largest of its exponents can be."""
+        student = self.student.largest_exponent()
+        plain = student * max(1.0, self.settings.temperature)
+        teacher = 0.0 if self.teacher is None else self.teacher.largest_exponent()
+        return plain <= _LARGEST_EXPONENT and student + teacher <= _LARGEST_SUM_OF_EXPONENTS
+
     def run(self) -> None:
         """Fill the attributes."""
-        positions = len(self.labels)
+        positions = len(self.targets)
         for start in range(0, positions, self.chunk_rows):
             chunk = slice(start, min(start + self.chunk_rows, positions))
-            self.student.multiply(chunk, self.labels)
+            self.student.multiply(chunk, self.targets)
             if self.teacher is not None:
-                self.teacher.multiply(chunk, self.labels)
+                self.teacher.multiply(chunk, self.targets)
             for first in range(start, chunk.stop, self.slice_rows):
                 self._add_slice(slice(first, min(first + self.slice_rows, chunk.stop)))
             if self.gradients is not None:
@@ -115,24 +130,33 @@ class Walk:
 
     def _add_slice(self, part: slice) -> None:
         """One slice's losses and ranks. Its scores in the student's products give way to their gradient."""
-        targets, scale = self.labels[part, None] - 1, self.settings.exponent_scale
-        buffer = self.buffer[: len(targets)]
-        student = _Exponents.of(self.student.scores(part), targets, scale, buffer)
+        targets, buffer = self.targets[part], self.buffer[: part.stop - part.start]
+        student = self._exponents(self.student, targets, part, buffer)
         self.ranks[0][part] = student.ranks
         if self.teacher is None:
             numerators = student.powers.exp2_()
         else:
-            teacher = _Exponents.of(self.teacher.scores(part), targets, scale, buffer)
+            teacher = self._exponents(self.teacher, targets, part, buffer)
             self.ranks[1][part] = teacher.ranks
             numerators, kl_factors = self._add_kl(part, student, teacher, buffer)
         normalizers = numerators.sum(dim=1, keepdim=True)
-        self.cross_entropy[part] = normalizers.squeeze(1).log() - student.target / scale
+        self.cross_entropy[part] = normalizers.squeeze(1).log() - student.target / self.settings.exponent_scale
         if self.gradients is None:
             return
-        gradient = numerators.scatter_add_(1, targets, -normalizers).mul_(normalizers.reciprocal())
+        gradient = numerators.scatter_add_(1, targets, -normalizers)
         if self.teacher is not None:
-            gradient.addcmul_(buffer, kl_factors)
-        self.student.replace_scores(part, gradient)
+            gradient.addcmul_(buffer, kl_factors * normalizers)
+        self.student.replace_scores(part, gradient, normalizers.reciprocal())
+
+    def _exponents(self, side, targets: torch.Tensor, part: slice, buffer: torch.Tensor) -> _Exponents:
+        """A slice of one model's. The buffer is written over."""
+        powers = side.exponents(part)
+        target = powers.gather(1, targets)
+        ranks = count_at_least(powers, target, buffer)
+        if self.shifted:
+            largest = powers.amax(dim=1, keepdim=True)
+            powers, target = powers.sub_(largest), target - largest
+        return _Exponents(powers, target.squeeze(1), ranks)
 
     def _add_kl(self, part, student, teacher, buffer):
         """
@@ -166,58 +190,77 @@ class Walk:
 
 
 class _Side:
-    """One model's hidden states and items (without padding), and a chunk of their products in the products' dtype."""
+    """
+    One model's hidden states and items (without padding), and a chunk of their products in the products' dtype: first
+    the scores as exponents to the base 2, then what row factors make the gradient of the scores of.
+    """
 
-    def __init__(self, hidden, item_matrix, dtype: torch.dtype, chunk_rows: int, slice_rows: int):
-        self.exact_hidden, self.exact_items = hidden.detach(), item_matrix[1:].detach()
-        self.hidden, self.items = self.exact_hidden.to(dtype), self.exact_items.to(dtype)
+    def __init__(self, hidden, item_matrix, scale: float, dtype: torch.dtype, chunk_rows: int, slice_rows: int):
+        self.hidden, self.exact_items, self.scale = hidden.detach(), item_matrix[1:].detach(), scale
+        self.items = self.exact_items.to(dtype)
         self.products = self.items.new_empty(chunk_rows, len(self.items))
+        self.factors = self.items.new_empty(chunk_rows, 1, dtype=torch.float32)
         self.rounded = dtype != torch.float32
         self.buffer = self.items.new_empty(slice_rows, len(self.items), dtype=torch.float32) if self.rounded else None
 
-    def multiply(self, chunk: slice, labels: torch.Tensor) -> None:
-        """Take the scores of another chunk."""
+    def largest_exponent(self) -> float:
+        """What the size of none of the exponents exceeds, by the lengths of the vectors (Cauchy-Schwarz)."""
+        lengths = (torch.linalg.vector_norm(vectors, dim=1) for vectors in (self.hidden, self.exact_items))
+        return self.scale * math.prod(float(of_one.amax()) if len(of_one) else 0.0 for of_one in lengths)
+
+    def multiply(self, chunk: slice, targets: torch.Tensor) -> None:
+        """Take the exponents of another chunk."""
         self.chunk = chunk
-        hidden, out = self.hidden[chunk], self.rows(chunk)
+        scaled, out = self.hidden[chunk].float() * self.scale, self.rows(chunk)
+        hidden = scaled.to(self.items.dtype)
         if not self.rounded:
             block = self._block(_SCORE_BLOCK_BYTES)
-            for items, scores in zip(self.items.split(block), out.split(block, dim=1), strict=True):
-                torch.mm(hidden, items.T, out=scores)
+            for items, exponents in zip(self.items.split(block), out.split(block, dim=1), strict=True):
+                torch.mm(hidden, items.T, out=exponents)
             return
         torch.mm(hidden, self.items.T, out=out)
         # Rounded, the true item would tie with many others: both its loss and its rank want its score exact.
-        self.targets = labels[chunk, None] - 1
+        self.targets = targets[chunk]
         own = self.exact_items[self.targets.squeeze(1)].float()
-        self.target_scores = torch.linalg.vecdot(self.exact_hidden[chunk].float(), own).unsqueeze(1)
+        self.target_exponents = torch.linalg.vecdot(scaled, own).unsqueeze(1)
 
     def rows(self, part: slice, of: torch.Tensor | None = None) -> torch.Tensor:
         """The rows of the products, or of another tensor of the chunk, that belong to a part of the positions."""
         return (self.products if of is None else of)[part.start - self.chunk.start : part.stop - self.chunk.start]
 
-    def scores(self, part: slice) -> torch.Tensor:
-        """Scores of a slice in float32, to be written over."""
-        scores = self.rows(part)
+    def exponents(self, part: slice) -> torch.Tensor:
+        """Those of a slice in float32, to be written over."""
+        exponents = self.rows(part)
         if not self.rounded:
-            return scores
-        exact = self.rows(part, self.targets), self.rows(part, self.target_scores)
-        return self.buffer[: len(scores)].copy_(scores).scatter_(1, *exact)
+            return exponents
+        exact = self.rows(part, self.targets), self.rows(part, self.target_exponents)
+        return self.buffer[: len(exponents)].copy_(exponents).scatter_(1, *exact)
 
-    def replace_scores(self, part: slice, gradient: torch.Tensor) -> None:
-        """Put the gradient of a slice's scores in their place, if it is not there yet."""
-        scores = self.rows(part)
-        if scores.data_ptr() != gradient.data_ptr():
-            scores.copy_(gradient)
+    def replace_scores(self, part: slice, gradient: torch.Tensor, factors: torch.Tensor) -> None:
+        """
+        Put the gradient of a slice's scores in their place.
+
+        Args:
+            gradient (`torch.Tensor` of shape `(rows, N)`): may be in that place already.
+            factors (`torch.Tensor` of shape `(rows, 1)`): what its rows are still to be multiplied by.
+        """
+        if self.items.dtype == torch.float16:  # 65,504 is the largest number
+            gradient, factors = gradient.mul_(factors), torch.ones_like(factors)
+        self.rows(part, self.factors).copy_(factors)
+        products = self.rows(part)
+        if products.data_ptr() != gradient.data_ptr():
+            products.copy_(gradient)
 
     def add_gradients(self, grad_hidden: torch.Tensor, grad_items: torch.Tensor) -> None:
         """From the gradient of the chunk's scores, in their place, to those of hidden states and item matrix."""
-        gradient, hidden = self.rows(self.chunk), self.hidden[self.chunk]
+        gradient, factors = self.rows(self.chunk), self.rows(self.chunk, self.factors)
+        hidden = (self.hidden[self.chunk] * factors).to(self.items.dtype)
+        torch.mul(torch.mm(gradient, self.items), factors, out=grad_hidden[self.chunk])
         if self.rounded:
-            grad_hidden[self.chunk] = torch.mm(gradient, self.items)
             block = self._block(_GRADIENT_BLOCK_BYTES)
             for grad_block, columns in zip(grad_items[1:].split(block), gradient.split(block, dim=1), strict=True):
                 grad_block += torch.mm(columns.T, hidden)
         else:
-            torch.mm(gradient, self.items, out=grad_hidden[self.chunk])
             grad_items[1:].addmm_(gradient.T, hidden)
 
     def _block(self, size: int) -> int:
@@ -229,26 +272,29 @@ class _Side:
 class _ListedSide:
     """A teacher that is known by its lists: what the walk asks of a [`_Side`] that gets no gradient."""
 
-    def __init__(self, lists: ListedScores, num_items: int, slice_rows: int):
-        self.lists, self.num_items = lists, num_items
+    def __init__(self, lists: ListedScores, num_items: int, scale: float, slice_rows: int):
+        self.lists, self.num_items, self.scale = lists, num_items, scale
         self.buffer = lists.log_probs.new_empty(slice_rows, num_items + 1, dtype=torch.float32)
 
-    def multiply(self, chunk: slice, labels: torch.Tensor) -> None:
+    def largest_exponent(self) -> float:
+        """What the size of a row's largest exponent does not exceed: no item of N has less than 1/N."""
+        return math.log(self.num_items) * self.scale
+
+    def multiply(self, chunk: slice, targets: torch.Tensor) -> None:
         """Nothing: no product leads to its scores."""
 
-    def scores(self, part: slice) -> torch.Tensor:
-        """Scores of a slice in float32, to be written over."""
-        return self.lists[part].dense(self.num_items, out=self.buffer[: part.stop - part.start])
+    def exponents(self, part: slice) -> torch.Tensor:
+        """Those of a slice in float32, to be written over."""
+        return self.lists[part].dense(self.num_items, out=self.buffer[: part.stop - part.start]).mul_(self.scale)
 
 
 @dataclass
 class _Exponents:
     """
-    A slice of scores as exponents to the base 2, which cost a third of those to the base e on a CPU.
+    A slice of scores as exponents to the base 2, which cost a third of those to the base e on some CPUs.
 
     Attributes:
-        powers (`torch.Tensor` of shape `(rows, N)`): `2**powers` are the numerators of the softened distribution; the
-            largest of a row is 1.
+        powers (`torch.Tensor` of shape `(rows, N)`): `2**powers` are the numerators of the softened distribution.
         target (`torch.Tensor` of shape `(rows,)`): the true item's.
         ranks (`torch.LongTensor` of shape `(rows,)`): the true item's rank.
     """
@@ -256,13 +302,6 @@ class _Exponents:
     powers: torch.Tensor
     target: torch.Tensor
     ranks: torch.Tensor
-
-    @classmethod
-    def of(cls, scores: torch.Tensor, targets: torch.Tensor, scale: float, buffer: torch.Tensor) -> _Exponents:
-        """From scores, in their place."""
-        ranks = count_at_least(scores, scores.gather(1, targets), buffer)
-        powers = torch.add(scores.amax(dim=1, keepdim=True) * -scale, scores, alpha=scale, out=scores)
-        return cls(powers, powers.gather(1, targets).squeeze(1), ranks)
 
     def outcome(self, sums: torch.Tensor) -> TargetOutcome:
         """What becomes of the true items, given the sums of the numerators."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -185,11 +186,12 @@ def test_the_gradients_of_autocast_are_right_to_a_hundredth(temperature, dtype, 
 
 
 def test_autocast_does_not_tie_the_true_item_with_others():
-    """In bfloat16 all of these scores are 1: the best item would rank last, and the last one no lower."""
+    """In bfloat16 these scores are all the same: the best item would rank last, and the last one no lower."""
     items = torch.cat([torch.zeros(1), 1 + torch.arange(8) * 1e-4])[:, None]
     labels = torch.arange(1, 9)
+    # With this hidden state every exponent to the base 2 is the item itself, so that items alone are rounded.
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = distillation_loss(torch.ones(8, 1), items, labels)
+        result = distillation_loss(torch.full((8, 1), math.log(2)), items, labels)
     assert result.student_ranks[-1].item() == 1
     assert result.student_ranks.float().mean().item() < 8
 
@@ -364,9 +366,15 @@ def test_the_inputs_stay_as_they_are():
 @pytest.mark.parametrize("teacher", [True, False])
 def test_ranks_are_those_of_the_evaluation(teacher):
     given = problem(seed=12, positions=40, num_items=9, ignored=())
-    # Whole numbers: many ties.
-    given.hidden, given.items = given.hidden.detach().round(), given.items.detach().round()
-    given.teacher_hidden, given.teacher_items = given.teacher_hidden.round(), given.teacher_items.round()
+    # Scores are small whole numbers times 1 or 2: many ties, and they stay ties whatever hidden states are scaled by.
+    random = torch.Generator().manual_seed(12)
+
+    def axes(width):
+        items = torch.eye(width)[torch.randint(width, (10,), generator=random)]
+        return items.double() * torch.randint(1, 3, (10, 1), generator=random)
+
+    given.hidden, given.items = given.hidden.detach().round(), axes(given.items.shape[1])
+    given.teacher_hidden, given.teacher_items = given.teacher_hidden.round(), axes(given.teacher_items.shape[1])
     actual, _ = chunked(given, teacher, chunk_size=7)
     assert torch.equal(actual.student_ranks, target_ranks(given.hidden.float(), given.items.float(), given.labels))
     if teacher:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from dense_loss import D, LargestResult, N, chunked, problem
+from dense_loss import D, LargestResult, N, assert_same, chunked, dense, problem
 
 from llmd4rec_hf.distillation import walk
 from llmd4rec_hf.distillation.walk import default_chunk_size
@@ -39,6 +41,38 @@ def test_chunks_slices_and_blocks_change_nothing(monkeypatch, temperature, teach
     torch.testing.assert_close(actual.loss, expected.loss)
     torch.testing.assert_close(actual.agreement, expected.agreement)
     assert torch.equal(actual.student_ranks, expected.student_ranks)
+
+
+def at_exponents(given, temperature, student, teacher):
+    """A problem whose hidden states are made as long as gives the two models exponents of up to these."""
+
+    def with_bound(hidden, items, bound):
+        longest = (hidden.norm(dim=1).max() * items.norm(dim=1).max()).item()
+        return hidden.detach() * (bound * temperature * math.log(2) / longest)
+
+    given.hidden = with_bound(given.hidden, given.items[1:], student)
+    given.teacher_hidden = with_bound(given.teacher_hidden, given.teacher_items[1:], teacher)
+    return given
+
+
+@pytest.mark.parametrize("of_limit", [0.99, 1.01])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_rows_that_only_just_need_no_shift_and_those_that_do(temperature, of_limit):
+    """On both sides of the limits, where float32 has all to hold that it is asked to."""
+    student = of_limit * walk._LARGEST_EXPONENT / max(1, temperature)
+    teacher = of_limit * walk._LARGEST_SUM_OF_EXPONENTS - student
+    given = at_exponents(problem(seed=3), temperature, student, teacher)
+    options = {"temperature": temperature, "weighting": "confidence"}
+    assert_same(*chunked(given, **options), dense(given, **options), given.labels, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_float16_holds_the_gradient_of_large_scores(teacher):
+    given = at_exponents(problem(seed=4), 1.0, 30.0, 30.0)
+    with torch.autocast("cpu", dtype=torch.float16):
+        _, grads = chunked(given, teacher)
+    for grad, value in zip(grads, dense(given, teacher).grads, strict=True):
+        assert (grad - value).norm() < 1e-2 * value.norm()
 
 
 def test_default_chunk_size():
