@@ -52,7 +52,7 @@ HERE = Path(__file__).parent
 METRIC = "ndcg@10"
 SPECIFICATION = yaml.safe_load((HERE / "models.yaml").read_text())
 SASREC = (SASRecConfig, SASRecModel)
-CRMS = {"sasrec": SASREC, "follower": SASREC, "gru4rec": (GRU4RecConfig, GRU4RecModel)}
+CRMS = {"sasrec": SASREC, "binary": SASREC, "follower": SASREC, "gru4rec": (GRU4RecConfig, GRU4RecModel)}
 
 
 @dataclasses.dataclass
@@ -134,7 +134,7 @@ class Study:
     def _trainer(self, model, settings, folder, teacher=None, seen_items="mask"):
         is_llm = settings["kind"] == "llm"
         arguments, trainer = (MutualDistillArguments, MutualDistillTrainer) if is_llm else (CRMArguments, CRMTrainer)
-        if settings.get("loss") == "binary":
+        if settings["kind"] == "binary":
             trainer = BinaryCrossEntropyTrainer
         own = {
             "seed": self.seed,
