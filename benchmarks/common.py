@@ -127,19 +127,21 @@ def installed_versions() -> dict[str, str]:
 
 def machine() -> dict:
     """What the benchmark ran on."""
-    facts = {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    facts["vector"] = torch.backends.cpu.get_cpu_capability()
+    processor = _cpu_facts("model name") or platform.machine()
+    facts = {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    facts["vector"] = torch.backends.cpu.get_cpu_capability() + (" AMX" if "amx_bf16" in _cpu_facts("flags") else "")
     if torch.cuda.is_available():
         facts["accelerator"] = torch.cuda.get_device_name()
     return facts
 
 
-def _processor() -> str:
+def _cpu_facts(name: str) -> str:
+    """What Linux says of the processor under this name; nothing elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
 
 
 def write_result(name: str, result: dict) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from common import TRAINED_POWER, beauty_like_rows, make_teacher, write_result
 from crm_training import common_arguments
+from peft import LoraConfig
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from llmd4rec_hf import (
@@ -107,16 +108,22 @@ def crm_builders(rows, caches: dict[str, TeacherCache], shared: dict) -> dict:
     return variants | {"plain Trainer": plain, "our Trainer, same batches": lambda: crm(**like_plain)}
 
 
-def llm_builders(rows, cache: TeacherCache, shared: dict) -> dict:
-    """Each variant of the LLM as a function that builds its trainer."""
+def make_pretrained_llm(name: str) -> LLMRecommender:
+    """A backbone of one's own, with LoRA in all of its linear layers."""
+    set_seed(0)
+    return LLMRecommender.from_backbone(name, ITEMS, 64, peft_config=LoraConfig(target_modules="all-linear"))
 
-    def llm(shape, teacher=None):
-        return MutualDistillTrainer(make_llm(*shape), MutualDistillArguments(**shared), rows, teacher=teacher)
+
+def llm_builders(rows, cache: TeacherCache, llms: dict, shared: dict) -> dict:
+    """Each variant of each LLM as a function that builds its trainer."""
+
+    def llm(make, teacher=None):
+        return MutualDistillTrainer(make(), MutualDistillArguments(**shared), rows, teacher=teacher)
 
     variants = {}
-    for name, shape in LLMS.items():
-        variants[name] = lambda shape=shape: llm(shape)
-        variants[f"{name}, teacher d=64"] = lambda shape=shape: llm(shape, cache)
+    for name, make in llms.items():
+        variants[name] = lambda make=make: llm(make)
+        variants[f"{name}, teacher d=64"] = lambda make=make: llm(make, cache)
     return variants
 
 
@@ -128,7 +135,10 @@ def measure(rows, folder: Path, options) -> tuple[dict, dict]:
         for name, (width, power, max_error) in TEACHERS.items()
     }
     times = in_turns(crm_builders(rows, caches, shared), options.repeats)
-    times |= in_turns(llm_builders(rows, caches["teacher d=64"], shared), options.repeats)
+    llms = {name: lambda shape=shape: make_llm(*shape) for name, shape in LLMS.items()}
+    if options.llm:
+        llms[f"{Path(options.llm).name} with LoRA"] = lambda: make_pretrained_llm(options.llm)
+    times |= in_turns(llm_builders(rows, caches["teacher d=64"], llms, shared), options.repeats)
     return times, {name: cache.manifest["hidden_size"] for name, cache in caches.items()}
 
 
@@ -146,6 +156,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--llm", help="folder or Hub id of a backbone to measure as well, with LoRA")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
