@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import ConfigurationError
 from .listed_scores import ListedScores
 from .walk import LossSettings, Walk, autocast_dtype, default_chunk_size
-from .weighting import WEIGHTINGS
+from .weighting import WEIGHTINGS, WITHOUT_RANKS
 
 
 IGNORE_INDEX = -100
@@ -38,8 +38,8 @@ class DistillationLoss:
         weight_mean (`torch.Tensor`, scalar): mean sample weight, in [0, 2]. Zero without a teacher.
         agreement (`torch.Tensor`, scalar): mean overlap of the two softened distributions, `sum_i min(p_i, q_i)`, in
             [0, 1]. Zero without a teacher.
-        student_ranks (`torch.LongTensor` of shape `(P,)`): 1-based rank of the true item under the student, ties
-            counted against it; 0 at ignored positions.
+        student_ranks (`torch.LongTensor` of shape `(P,)`, *optional*): 1-based rank of the true item under the
+            student, ties counted against it; 0 at ignored positions.
         teacher_ranks (`torch.LongTensor` of shape `(P,)`, *optional*): likewise under the teacher.
     """
 
@@ -48,7 +48,7 @@ class DistillationLoss:
     kl: torch.Tensor
     weight_mean: torch.Tensor
     agreement: torch.Tensor
-    student_ranks: torch.Tensor
+    student_ranks: torch.Tensor | None
     teacher_ranks: torch.Tensor | None
 
 
@@ -67,6 +67,7 @@ def distillation_loss(
     scale_by_temperature_squared: bool = True,
     chunk_size: int | None = None,
     num_items_in_batch: int | float | torch.Tensor | None = None,
+    count_ranks: bool = True,
 ) -> DistillationLoss:
     r"""
     Next-item cross-entropy plus sample-weighted KL against a frozen teacher, over all items.
@@ -109,6 +110,9 @@ def distillation_loss(
             Rows processed at a time. Chosen from the catalogue size and the device by default.
         num_items_in_batch (`int`, `float` or `torch.Tensor`, *optional*):
             What the summed losses are divided by. The number of supervised positions by default.
+        count_ranks (`bool`, *optional*, defaults to `True`):
+            Whether to give back the true items' ranks. Where they are not wanted, and no weights are computed of them,
+            the loss is spared a tenth of its work.
 
     Returns:
         [`DistillationLoss`]
@@ -138,14 +142,17 @@ def distillation_loss(
         scale_by_temperature_squared=scale_by_temperature_squared,
         chunk_size=chunk_size or default_chunk_size(item_matrix.shape[0] - 1, hidden.device),
         matmul_dtype=autocast_dtype(hidden.device.type),
+        count_ranks=count_ranks or (teacher is not None and weighting not in WITHOUT_RANKS),
     )
     divisor = max(kept.numel(), 1) if num_items_in_batch is None else num_items_in_batch
     walk = functools.partial(
         Walk, labels=kept, teacher=teacher, teacher_item_matrix=teacher_item_matrix, settings=settings
     )
     result = loss_of_walk(walk, hidden, item_matrix, divisor, settings.kl_weight)
-    result.student_ranks = _spread(result.student_ranks, keep)
-    result.teacher_ranks = None if teacher is None else _spread(result.teacher_ranks, keep)
+    result.student_ranks = _spread(result.student_ranks, keep) if settings.count_ranks else None
+    result.teacher_ranks = (
+        _spread(result.teacher_ranks, keep) if settings.count_ranks and teacher is not None else None
+    )
     return result
 
 

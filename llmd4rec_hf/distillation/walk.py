@@ -52,6 +52,7 @@ class LossSettings:
     scale_by_temperature_squared: bool
     chunk_size: int
     matmul_dtype: torch.dtype
+    count_ranks: bool = True
 
     @property
     def kl_scale(self) -> float:
@@ -83,7 +84,8 @@ class Walk:
     them in slices of few, which stay in the caches of a CPU. Nothing but float32 is computed with between products.
 
     Attributes:
-        ranks (two `torch.LongTensor` of shape `(P,)`): the true items' under the student and under the teacher.
+        ranks (two `torch.LongTensor` of shape `(P,)`): the true items' under the student and under the teacher; zeros
+            where they are not counted.
         cross_entropy, kl, weights, agreement (`torch.FloatTensor` of shape `(P,)`): as in [`DistillationLoss`], per
             position and undivided.
         gradients (`tuple` of two `torch.FloatTensor`, *optional*): of the summed loss for hidden states and items.
@@ -131,13 +133,11 @@ class Walk:
     def _add_slice(self, part: slice) -> None:
         """One slice's losses and ranks. Its scores in the student's products give way to their gradient."""
         targets, buffer = self.targets[part], self.buffer[: part.stop - part.start]
-        student = self._exponents(self.student, targets, part, buffer)
-        self.ranks[0][part] = student.ranks
+        student = self._exponents(self.student, self.ranks[0], part, buffer)
         if self.teacher is None:
             numerators = student.powers.exp2_()
         else:
-            teacher = self._exponents(self.teacher, targets, part, buffer)
-            self.ranks[1][part] = teacher.ranks
+            teacher = self._exponents(self.teacher, self.ranks[1], part, buffer)
             numerators, kl_factors = self._add_kl(part, student, teacher, buffer)
         normalizers = numerators.sum(dim=1, keepdim=True)
         self.cross_entropy[part] = normalizers.squeeze(1).log() - student.target / self.settings.exponent_scale
@@ -148,15 +148,16 @@ class Walk:
             gradient.addcmul_(buffer, kl_factors * normalizers)
         self.student.replace_scores(part, gradient, normalizers.reciprocal())
 
-    def _exponents(self, side, targets: torch.Tensor, part: slice, buffer: torch.Tensor) -> _Exponents:
-        """A slice of one model's. The buffer is written over."""
+    def _exponents(self, side, ranks: torch.Tensor, part: slice, buffer: torch.Tensor) -> _Exponents:
+        """A slice of one model's, whose ranks are put down. The buffer is written over."""
         powers = side.exponents(part)
-        target = powers.gather(1, targets)
-        ranks = count_at_least(powers, target, buffer)
+        target = powers.gather(1, self.targets[part])
+        if self.settings.count_ranks:
+            ranks[part] = count_at_least(powers, target, buffer)
         if self.shifted:
             largest = powers.amax(dim=1, keepdim=True)
             powers, target = powers.sub_(largest), target - largest
-        return _Exponents(powers, target.squeeze(1), ranks)
+        return _Exponents(powers, target.squeeze(1), ranks[part])
 
     def _add_kl(self, part, student, teacher, buffer):
         """

@@ -81,6 +81,8 @@ WEIGHTINGS: dict[str, Callable[[TargetOutcome, TargetOutcome], torch.Tensor]] = 
     "confidence": lambda student, teacher: confidence_weights(student.log_probs, teacher.log_probs),
     "none": lambda student, teacher: torch.ones_like(student.log_probs),
 }
+# Those that look at no ranks, which then need not be counted.
+WITHOUT_RANKS = ("confidence", "none")
 
 
 def register_weighting(name: str, weighting: Callable[[TargetOutcome, TargetOutcome], torch.Tensor]) -> None:

@@ -178,7 +178,7 @@ class RecommenderModel(PreTrainedModel):
         loss = None
         if labels is not None:
             loss = distillation_loss(
-                *supervised(hidden, labels, item_matrix), num_items_in_batch=num_items_in_batch
+                *supervised(hidden, labels, item_matrix), num_items_in_batch=num_items_in_batch, count_ranks=False
             ).loss
         return RecommenderOutput(loss=loss, hidden=hidden, item_matrix=item_matrix)
 

@@ -260,7 +260,7 @@ class DistillationTrainer(HistoryTrainer):
     def _items_of_step(self, labels: torch.LongTensor):
         """The items whose rows the loss takes (`None` for all), that loss, and the teacher's rows."""
         if self._num_negatives is None:
-            return None, distillation_loss, self._teacher_items
+            return None, partial(distillation_loss, count_ranks=False), self._teacher_items
         num_items, seed = self.model.config.num_items, (self.args.seed, self.state.global_step)
         # The same for all processes and accumulated batches of a step, so that their number changes nothing.
         negatives = draw_negatives(num_items, self._num_negatives, seed).to(labels.device)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmd4rec_hf.distillation import distillation_loss
+from llmd4rec_hf.distillation.weighting import WEIGHTINGS as WEIGHTING_FUNCTIONS
 from llmd4rec_hf.errors import ConfigurationError
 from llmd4rec_hf.evaluation import target_ranks
 
@@ -380,6 +381,33 @@ def test_ranks_are_those_of_the_evaluation(teacher):
     if teacher:
         expected = target_ranks(given.teacher_hidden.float(), given.teacher_items.float(), given.labels)
         assert torch.equal(actual.teacher_ranks, expected)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_without_ranks_all_else_is_the_same(weighting):
+    given = problem(seed=9)
+    expected, expected_grads = chunked(given, weighting=weighting)
+    actual, grads = chunked(given, weighting=weighting, count_ranks=False)
+    # Rank weights cannot do without.
+    for ranks in (actual.student_ranks, actual.teacher_ranks):
+        assert (ranks is None) == (weighting != "rank")
+    for name in ("loss", "cross_entropy", "kl", "weight_mean", "agreement"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    assert all(torch.equal(grad, value) for grad, value in zip(grads, expected_grads, strict=True))
+    without_teacher, _ = chunked(given, teacher=False, count_ranks=False)
+    assert without_teacher.student_ranks is None
+
+
+def test_a_weighting_of_ones_own_gets_ranks(monkeypatch):
+    seen = []
+
+    def listen(student, teacher):
+        seen.append(student.ranks)
+        return (teacher.ranks < student.ranks).float()
+
+    monkeypatch.setitem(WEIGHTING_FUNCTIONS, "own", listen)
+    result, _ = chunked(problem(seed=9, ignored=()), weighting="own", count_ranks=False)
+    assert torch.equal(torch.cat(seen), result.student_ranks)
 
 
 @pytest.mark.parametrize(
