@@ -115,7 +115,7 @@ class Walk:
         student = self.student.largest_exponent()
         plain = student * max(1.0, self.settings.temperature)
         teacher = 0.0 if self.teacher is None else self.teacher.largest_exponent()
-        return plain <= _LARGEST_EXPONENT and student + teacher <= _LARGEST_SUM_OF_EXPONENTS
+        return max(plain, teacher) <= _LARGEST_EXPONENT and student + teacher <= _LARGEST_SUM_OF_EXPONENTS
 
     def run(self) -> None:
         """Fill the attributes."""

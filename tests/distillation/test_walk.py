@@ -66,6 +66,14 @@ def test_rows_that_only_just_need_no_shift_and_those_that_do(temperature, of_lim
     assert_same(*chunked(given, **options), dense(given, **options), given.labels, rtol=1e-4, atol=1e-5)
 
 
+def test_a_teacher_alone_can_need_a_shift():
+    """All of its exponents are large, and the student's are next to nothing: sums and products must not overflow."""
+    given = problem(seed=3)
+    given.teacher_hidden, given.teacher_items = map(torch.ones_like, (given.teacher_hidden, given.teacher_items))
+    given = at_exponents(given, 1.0, 0.5, walk._LARGEST_SUM_OF_EXPONENTS - 1)
+    assert_same(*chunked(given), dense(given), given.labels, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("teacher", [True, False])
 def test_float16_holds_the_gradient_of_large_scores(teacher):
     given = at_exponents(problem(seed=4), 1.0, 30.0, 30.0)
