@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +18,10 @@ import datasets
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
+from filelock import FileLock, Timeout
 
 from ..errors import ConfigurationError, DataError
+from ..files import write_json
 from .arrow import to_table
 from .card import data_card, render
 from .filters import filter_interactions
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 SPLITS = {"leave_one_out": split_leave_one_out, "time": split_by_time, "ratio": split_by_ratio}
 MANIFEST = "prepared.json"
+LOCK_NAME = ".lock"
 # Raised whenever the same source and options give another folder.
 FORMAT_VERSION = 1
 
@@ -101,7 +103,7 @@ def prepare(
     Loads a log and its catalogue, filters, splits and describes them, and keeps the result on disk.
 
     The folder remembers a hash of the sources' content and of the options: asked for the same again, it is returned as
-    it is.
+    it is. Of several processes that ask at the same time, one prepares it and the others wait.
 
     Args:
         source (`str`, `Path`, `pandas.DataFrame` or `datasets.Dataset`):
@@ -138,20 +140,21 @@ def prepare(
         item_options["format"] = format
     key = _key([source, items], [log_options, item_options, split, with_floors, filters])
     folder = Path(output_dir) if output_dir is not None else _cache_folder(key)
-    if _manifest(folder).get("key") == key:
-        logger.info("%s holds this data already", folder)
+    if _holds(folder, key):
         return PreparedData(folder)
-
-    log = filter_interactions(load_interactions(source, **log_options), **filters)
-    catalogue = None if items is None else load_items(items, **item_options)
-    vocabulary = ItemVocabulary.from_interactions(log, catalogue)
-    sequences = SPLITS[split](log, vocabulary)
-    for name, rows in sequences.items():
-        if len(rows) == 0:
-            raise DataError(f"no user has enough interactions for {name}; filter less or split otherwise")
-    card = data_card(log, sequences, vocabulary, with_floors=with_floors)
-    card["prepared"] = {"split": split, **{name: value for name, value in filters.items() if value is not None}}
-    _write(folder, key, log, catalogue, vocabulary, sequences, card)
+    with _to_itself(folder):
+        if _holds(folder, key):  # since the process that had it until now was at the same
+            return PreparedData(folder)
+        log = filter_interactions(load_interactions(source, **log_options), **filters)
+        catalogue = None if items is None else load_items(items, **item_options)
+        vocabulary = ItemVocabulary.from_interactions(log, catalogue)
+        sequences = SPLITS[split](log, vocabulary)
+        for name, rows in sequences.items():
+            if len(rows) == 0:
+                raise DataError(f"no user has enough interactions for {name}; filter less or split otherwise")
+        card = data_card(log, sequences, vocabulary, with_floors=with_floors)
+        card["prepared"] = {"split": split, **{name: value for name, value in filters.items() if value is not None}}
+        _write(folder, key, log, catalogue, vocabulary, sequences, card)
     return PreparedData(folder)
 
 
@@ -233,6 +236,29 @@ def _manifest(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def _holds(folder: Path, key: str) -> bool:
+    if _manifest(folder).get("key") != key:
+        return False
+    logger.info("%s holds this data already", folder)
+    return True
+
+
+@contextmanager
+def _to_itself(folder: Path) -> Iterator[None]:
+    """Several processes of a run, or runs that begin together, write one after the other. The system ends the lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("%s is being prepared by another process, which is waited for", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _write(
     folder: Path,
     key: str,
@@ -243,7 +269,6 @@ def _write(
     card: dict[str, Any],
 ) -> None:
     """The manifest goes first and comes last, so a folder that has one is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     table = to_table(log)
     if "position" in table.column_names:  # `timestamp` only repeats it, and read again it would pass for a clock
@@ -260,9 +285,7 @@ def _write(
         sequences.save_to_disk(folder / "sequences")
     (folder / "data_card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     (folder / "data_card.md").write_text(render(card), encoding="utf-8")
-    beside = folder / f".{MANIFEST}.{os.getpid()}"
-    beside.write_text(json.dumps({"format_version": FORMAT_VERSION, "key": key}), encoding="utf-8")
-    os.replace(beside, folder / MANIFEST)
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "key": key})
 
 
 @contextmanager

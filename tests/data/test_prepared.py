@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import pandas as pd
@@ -46,7 +48,7 @@ def test_the_folder_holds_what_the_steps_give(demo, tmp_path):
     }
     assert describe_interactions(prepared.interactions)["hash"] == prepared.card["log"]["hash"]
     assert prepared.card["prepared"] == {"split": "leave_one_out", "k_user": 5, "k_item": 5}
-    assert {path.name for path in tmp_path.iterdir()} == {
+    assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {
         "interactions.parquet", "items.parquet", "vocabulary.json", "sequences", "data_card.json", "data_card.md",
         "prepared.json",
     }  # fmt: skip
@@ -113,6 +115,21 @@ class TestCache:
         assert first.folder.is_relative_to(tmp_path / "cache")
         assert prepare(*files, with_floors=False).folder == first.folder
         assert prepare(*files, with_floors=False, k_user=4).folder != first.folder
+
+    def test_of_several_at_the_same_time_one_prepares_and_the_others_wait(self, files, tmp_path, monkeypatch):
+        read = []
+
+        def slowly(*args, **options):
+            read.append(args)
+            time.sleep(0.5)
+            return load_interactions(*args, **options)
+
+        monkeypatch.setattr("llmd4rec_hf.data.prepared.load_interactions", slowly)
+        with ThreadPoolExecutor(3) as pool:
+            waiting = [pool.submit(prepare, *files, tmp_path / "out", with_floors=False) for _ in range(3)]
+            vocabularies = [prepared.result().vocabulary for prepared in waiting]
+        assert len(read) == 1
+        assert vocabularies[0] == vocabularies[1] == vocabularies[2]
 
     def test_a_torn_folder_is_no_prepared_folder(self, demo, tmp_path, monkeypatch):
         def fail(*_):
