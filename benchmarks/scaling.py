@@ -110,7 +110,7 @@ def step(size: Size, inputs, **settings) -> None:
 def features(size: Size) -> dict[str, float]:
     """What a step's time is a sum of, each with a coefficient of its own: how often each thing is done."""
     scores = size.positions * size.items
-    chunks = -(-size.positions // walk.default_chunk_size(size.items, "cpu"))
+    chunks = -(-size.positions // walk.default_chunk_size(size.items, "cpu", getattr(torch, size.dtype)))
     return {
         "score": scores,
         "score beside a teacher's": scores * (size.teacher_width > 0),
@@ -182,8 +182,8 @@ def loss_bytes(size: Size, device: str = "cpu") -> int:
     the item table outweighs them, in the backward pass that scales the gradients.
     """
     half = size.dtype == "bfloat16"
-    rows = min(size.positions, walk.default_chunk_size(size.items, device))
-    slice_rows = min(rows, walk._rows(walk._SLICE_BYTES, size.items, device))
+    rows = min(size.positions, walk.default_chunk_size(size.items, device, getattr(torch, size.dtype)))
+    slice_rows = min(rows, walk.default_slice_size(size.items, device))
     widths = [size.width] + [size.teacher_width] * (size.teacher_width > 0)
     products = len(widths) * rows * size.items * (2 if half else 4)
     slices = (1 + len(widths) * half) * slice_rows * size.items * 4

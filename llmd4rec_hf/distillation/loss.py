@@ -134,14 +134,15 @@ def distillation_loss(
     if kept.numel() < labels.numel():
         hidden = hidden[keep]
         teacher = None if teacher is None else teacher[keep]
+    device, dtype = hidden.device, autocast_dtype(hidden.device.type)
     settings = LossSettings(
         temperature=1.0 if teacher is None else float(temperature),
         kl_weight=float(kl_weight),
         weighting=weighting,
         rank_base=rank_base,
         scale_by_temperature_squared=scale_by_temperature_squared,
-        chunk_size=chunk_size or default_chunk_size(item_matrix.shape[0] - 1, hidden.device),
-        matmul_dtype=autocast_dtype(hidden.device.type),
+        chunk_size=chunk_size or default_chunk_size(item_matrix.shape[0] - 1, device, dtype),
+        matmul_dtype=dtype,
         count_ranks=count_ranks or (teacher is not None and weighting not in WITHOUT_RANKS),
     )
     divisor = max(kept.numel(), 1) if num_items_in_batch is None else num_items_in_batch

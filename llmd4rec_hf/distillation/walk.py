@@ -21,16 +21,17 @@ from .listed_scores import ListedScores
 from .weighting import WEIGHTINGS, TargetOutcome, rank_weights
 
 
-# Bytes of one chunk x items buffer in float32, of which a step holds one per model. Matrix products ask for tall
-# chunks, and so does the gradient of the item matrix, which is read and written once per chunk.
-_CHUNK_BYTES = {"cpu": 12 << 20, "cuda": 256 << 20}
+# Bytes of one chunk x items buffer in the products' dtype, of which a step holds one per model. Matrix products ask for
+# tall chunks, and so does the gradient of the item matrix, which is read and written once per chunk. But a buffer that
+# a CPU's caches do not hold halves the rate of narrow products: some stop at 9 MB.
+_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 _MIN_CHUNK_ROWS = 64
 # Bytes of one slice x items buffer, of which a step holds three at most. On a CPU they should stay in the caches; on a
 # GPU launch overhead asks for more.
 _SLICE_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
-# Bytes of items that go into one float32 product of scores on a CPU: those of a whole catalogue at once take up to
-# twice as long, since MKL first repacks them all into memory of its own.
-_SCORE_BLOCK_BYTES = 256 << 10
+# Items that go into one float32 product of scores on a CPU: a whole catalogue at once takes up to twice as long on some,
+# since MKL first repacks it all into memory of its own, and few at once waste the rows that were read for them.
+_SCORE_BLOCK_ITEMS = 1024
 # Bytes of the item matrix's gradient in float32 that one half-precision product on a CPU adds to: the product, and its
 # copy in float32, are then added while they are in the caches, and need no memory to speak of.
 _GRADIENT_BLOCK_BYTES = 4 << 20
@@ -64,18 +65,18 @@ class LossSettings:
         return 1 / (self.temperature * math.log(2))
 
 
-def default_chunk_size(num_items: int, device: torch.device | str) -> int:
-    """Rows per chunk so that one chunk x items buffer of float32 stays within the device's budget."""
-    return max(_MIN_CHUNK_ROWS, _rows(_CHUNK_BYTES, num_items, device))
+def default_chunk_size(num_items: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> int:
+    """Rows per chunk so that one chunk x items buffer of the products' dtype stays within the device's budget."""
+    return max(_MIN_CHUNK_ROWS, _rows(_CHUNK_BYTES, num_items, device, dtype))
 
 
 def default_slice_size(num_items: int, device: torch.device | str) -> int:
-    """Rows per slice, likewise for what is computed between matrix products."""
-    return _rows(_SLICE_BYTES, num_items, device)
+    """Rows per slice, likewise for what is computed between matrix products, in float32."""
+    return _rows(_SLICE_BYTES, num_items, device, torch.float32)
 
 
-def _rows(budgets: dict[str, int], num_items: int, device: torch.device | str) -> int:
-    return max(1, budgets.get(torch.device(device).type, budgets["cuda"]) // (4 * num_items))
+def _rows(budgets: dict[str, int], num_items: int, device: torch.device | str, dtype: torch.dtype) -> int:
+    return max(1, budgets.get(torch.device(device).type, budgets["cuda"]) // (dtype.itemsize * num_items))
 
 
 class Walk:
@@ -145,7 +146,7 @@ class Walk:
             return
         gradient = numerators.scatter_add_(1, targets, -normalizers)
         if self.teacher is not None:
-            gradient.addcmul_(buffer, kl_factors * normalizers)
+            gradient = torch.addcmul(gradient, buffer, kl_factors * normalizers, out=student.powers)
         self.student.replace_scores(part, gradient, normalizers.reciprocal())
 
     def _exponents(self, side, ranks: torch.Tensor, part: slice, buffer: torch.Tensor) -> _Exponents:
@@ -215,7 +216,7 @@ class _Side:
         scaled, out = self.hidden[chunk].float() * self.scale, self.rows(chunk)
         hidden = scaled.to(self.items.dtype)
         if not self.rounded:
-            block = self._block(_SCORE_BLOCK_BYTES)
+            block = self._block(_SCORE_BLOCK_ITEMS)
             for items, exponents in zip(self.items.split(block), out.split(block, dim=1), strict=True):
                 torch.mm(hidden, items.T, out=exponents)
             return
@@ -258,16 +259,15 @@ class _Side:
         hidden = (self.hidden[self.chunk] * factors).to(self.items.dtype)
         torch.mul(torch.mm(gradient, self.items), factors, out=grad_hidden[self.chunk])
         if self.rounded:
-            block = self._block(_GRADIENT_BLOCK_BYTES)
+            block = self._block(_GRADIENT_BLOCK_BYTES // (4 * self.items.shape[1]))
             for grad_block, columns in zip(grad_items[1:].split(block), gradient.split(block, dim=1), strict=True):
                 grad_block += torch.mm(columns.T, hidden)
         else:
             grad_items[1:].addmm_(gradient.T, hidden)
 
-    def _block(self, size: int) -> int:
-        """Items whose rows take so many bytes in float32; all of them on a device that gains nothing from blocks."""
-        num_items, width = self.items.shape
-        return max(1, size // (4 * width)) if self.items.device.type == "cpu" else num_items
+    def _block(self, items: int) -> int:
+        """So many items on a CPU; all of them on a device that gains nothing from blocks."""
+        return max(1, items) if self.items.device.type == "cpu" else len(self.items)
 
 
 class _ListedSide:

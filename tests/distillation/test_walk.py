@@ -33,7 +33,7 @@ def test_chunks_slices_and_blocks_change_nothing(monkeypatch, temperature, teach
     with half:
         expected, expected_grads = chunked(given, teacher, temperature=temperature)
         monkeypatch.setitem(walk._SLICE_BYTES, "cpu", 2 * 4 * N)  # two rows
-        monkeypatch.setattr(walk, "_SCORE_BLOCK_BYTES", 3 * 4 * D)  # three items
+        monkeypatch.setattr(walk, "_SCORE_BLOCK_ITEMS", 3)  # three items
         monkeypatch.setattr(walk, "_GRADIENT_BLOCK_BYTES", 5 * 4 * D)  # five
         actual, grads = chunked(given, teacher, temperature=temperature, chunk_size=5)
     rounding = {"rtol": 2e-2, "atol": 2e-3} if precision == "bfloat16" else {"rtol": 1e-5, "atol": 1e-6}
@@ -84,6 +84,7 @@ def test_float16_holds_the_gradient_of_large_scores(teacher):
 
 
 def test_default_chunk_size():
-    assert default_chunk_size(12_000, "cpu") == (12 << 20) // 48_000
+    assert default_chunk_size(12_000, "cpu") == (8 << 20) // 48_000
+    assert default_chunk_size(12_000, "cpu", torch.bfloat16) == (8 << 20) // 24_000
     assert default_chunk_size(10_000_000, "cpu") == 64
     assert default_chunk_size(12_000, "cuda") > default_chunk_size(12_000, torch.device("cpu"))
