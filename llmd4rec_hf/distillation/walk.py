@@ -21,16 +21,16 @@ from .listed_scores import ListedScores
 from .weighting import WEIGHTINGS, TargetOutcome, rank_weights
 
 
-# Bytes of one chunk x items buffer in the products' dtype, of which a step holds one per model. Matrix products ask for
-# tall chunks, and so does the gradient of the item matrix, which is read and written once per chunk. But a buffer that
-# a CPU's caches do not hold halves the rate of narrow products: some stop at 9 MB.
+# Bytes of one chunk x items buffer in the products' dtype, of which a step holds one per model. Matrix products ask
+# for tall chunks, and so does the gradient of the item matrix, which is read and written once per chunk. But a buffer
+# that a CPU's caches do not hold, on some from 9 MB on, halves the rate of narrow products.
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 _MIN_CHUNK_ROWS = 64
 # Bytes of one slice x items buffer, of which a step holds three at most. On a CPU they should stay in the caches; on a
 # GPU launch overhead asks for more.
 _SLICE_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
-# Items that go into one float32 product of scores on a CPU: a whole catalogue at once takes up to twice as long on some,
-# since MKL first repacks it all into memory of its own, and few at once waste the rows that were read for them.
+# Items that go into one float32 product of scores on a CPU: a whole catalogue at once takes up to twice as long on
+# some, since MKL first repacks it all into memory of its own, and few at once waste the rows that were read for them.
 _SCORE_BLOCK_ITEMS = 1024
 # Bytes of the item matrix's gradient in float32 that one half-precision product on a CPU adds to: the product, and its
 # copy in float32, are then added while they are in the caches, and need no memory to speak of.

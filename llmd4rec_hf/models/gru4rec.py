@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .dropout import Dropout
 from .recommender import RecommenderModel, check_length
 from .sasrec import init_recommender_weights
 
@@ -57,7 +58,7 @@ class GRU4RecModel(RecommenderModel):
     def __init__(self, config: GRU4RecConfig):
         super().__init__(config)
         self.item_embedding = nn.Embedding(config.num_items + 1, config.hidden_size, padding_idx=0)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.gru = nn.GRU(config.hidden_size, config.hidden_size, config.num_layers, batch_first=True)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
         self.post_init()

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 
 from ..errors import ConfigurationError
 from . import backbone as base
+from .dropout import Dropout
 from .item_text import average_of_alike, encode_more_texts, encode_texts, principal_item_vectors
 from .llm_config import LLMRecommenderConfig
 from .prompt import DEFAULT_PROMPT, split_prompt
@@ -51,7 +52,7 @@ class LLMRecommender(RecommenderModel):
         # Where the backbone is: a quantised one cannot be moved. In full precision, whatever the backbone has.
         place = {"device": backbone.device, "dtype": torch.float32}
         self.backbone = backbone
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.input_projection = nn.Linear(config.item_dim, width, **place)
         self.item_head = nn.Linear(width, rows, bias=False, **place)
         self.register_buffer("item_vectors", torch.zeros(rows, config.item_dim, **place))

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..errors import ConfigurationError
+from .dropout import Dropout
 from .recommender import RecommenderModel, check_length
 
 
@@ -72,7 +73,7 @@ class SASRecModel(RecommenderModel):
         super().__init__(config)
         self.item_embedding = nn.Embedding(config.num_items + 1, config.hidden_size, padding_idx=0)
         self.position_embedding = nn.Embedding(config.max_length, config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(SASRecLayer(config) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size)
         self.post_init()
@@ -114,9 +115,9 @@ class SASRecLayer(nn.Module):
         self.feed_forward = nn.Sequential(
             nn.Linear(size, config.intermediate_size),
             nn.ReLU(),
-            nn.Dropout(config.dropout),
+            Dropout(config.dropout),
             nn.Linear(config.intermediate_size, size),
-            nn.Dropout(config.dropout),
+            Dropout(config.dropout),
         )
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
