@@ -13,6 +13,7 @@ Every field of `TrainingArguments` can be set for one side, with the prefix `--c
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from functools import partial
@@ -115,17 +116,25 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, CRMArguments, MutualDistillArguments]:
     """Options, and both sides' training arguments."""
     parser = build_parser()
-    options, rest = parser.parse_known_args(argv)
-    config = options.config or (DEMO_CONFIG if options.dataset == "demo" else None)
+    config = _config_of(argv)
     if config is not None:
         # The file's words come first, so that the command line's win; as words they are read like any others.
         argv = _words_of(config) + argv
-        options, rest = parser.parse_known_args(argv)
+    options, rest = parser.parse_known_args(argv)
     if options.push_to_hub and not options.hub_model_id:
         parser.error("--push_to_hub needs --hub_model_id USER/NAME")
     if options.title_vectors and not options.item_text:
         parser.error("--title_vectors needs --item_text: the titles are those that the LLM reads")
     return options, *(_side_arguments(parser, options, rest, side) for side in SIDES)
+
+
+def _config_of(argv: list[str]) -> str | Path | None:
+    """The configuration file, which may hold what the parser requires."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--dataset", default="demo")
+    options, _ = parser.parse_known_args(argv)
+    return options.config or (DEMO_CONFIG if options.dataset == "demo" else None)
 
 
 def _words_of(config: str | Path) -> list[str]:
@@ -139,8 +148,10 @@ def _words_of(config: str | Path) -> list[str]:
     for name, value in content.items():
         if isinstance(value, bool) and not name.startswith(tuple(SIDES)):
             words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, dict):
+            words += [f"--{name}", json.dumps(value)]
         elif value is not None:
-            words += [f"--{name}", str(value)]
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
 
 

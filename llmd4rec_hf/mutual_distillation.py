@@ -165,6 +165,9 @@ class MutualDistillation:
         self.state: dict = {}
 
     def _check(self) -> None:
+        for side, kind in (("llm", MutualDistillArguments), ("crm", CRMArguments)):
+            if not isinstance(self.args[side], kind):
+                raise ConfigurationError(f"{side}_args must be {kind.__name__}, got {type(self.args[side]).__name__}.")
         for name in ("train", "validation", "test"):
             if name not in self.sequences:
                 raise ConfigurationError(f"sequences must hold train, validation and test; {name} is missing.")
@@ -192,6 +195,8 @@ class MutualDistillation:
                     f"The {name} sequences hold the item id {low if low < 1 else high}, outside of the vocabulary's "
                     f"1..{len(self.vocabulary)}: split the log with this vocabulary."
                 )
+        if not self.args["llm"].refresh_item_vectors:
+            raise ConfigurationError("In a run MutualDistillationConfig.refresh decides: set it to 'off' instead.")
         if self.args["llm"].seen_items != self.args["crm"].seen_items:
             raise ConfigurationError(
                 "llm_args and crm_args must agree on seen_items, or their metrics do not compare."
@@ -232,6 +237,7 @@ class MutualDistillation:
             results = on_main_process(lambda: read_results(self.output_dir, RESULTS_NAME, self.state["weights"]))
             if results is not None:
                 logger.info(f"{self.output_dir} holds a finished run: nothing to do.")
+                self._restore_best()
                 return results
         self._run_phase(Phase("crm", 0, DISTILLED))
         for round_number in range(1, self.config.rounds + 1):
@@ -320,19 +326,23 @@ class MutualDistillation:
         args.output_dir = str(self._folder(phase))
         # Both arms of a round get the same seed; two rounds must not, or each would see the same batches again.
         args.seed = self.config.seed + 1000 * phase.round
+        if args.data_seed is not None:
+            args.data_seed += 1000 * phase.round
+        # A phase that was stopped goes on with the patience that it had left.
+        args.restore_callback_states_from_checkpoint = True
         if phase.side == "llm":
             args.refresh_item_vectors = False
         if args.eval_strategy == "no":
+            given = args.metric_for_best_model is not None
             args = dataclasses.replace(
                 args,
                 eval_strategy="epoch",
                 save_strategy="epoch",
                 logging_strategy="epoch",
                 load_best_model_at_end=True,
-                metric_for_best_model=METRIC,
-                greater_is_better=True,
+                metric_for_best_model=args.metric_for_best_model if given else METRIC,
+                greater_is_better=args.greater_is_better if given else True,
                 save_total_limit=args.save_total_limit or 1,
-                restore_callback_states_from_checkpoint=True,
             )
         return args
 
@@ -369,18 +379,25 @@ class MutualDistillation:
         on_main_process(lambda: write_report(results, self.output_dir))
         self.state |= {"finished": True, "weights": on_main_process(lambda: weights_facts(self.output_dir))}
         self._write_state()
+        self._restore_best()
         return results
+
+    def _restore_best(self) -> None:
+        """Leave both models as they are saved: the caller goes on with them, not with what was tested last."""
+        for side, model in self.models.items():
+            model.load_weights(self.output_dir / side)
 
     def _test_best(self, side: str, arm: str) -> dict:
         """Restore a side's best round by validation, test it, and put a distilled one where users find it."""
         phases = [Phase.of(side, number, arm) for number in self._rounds(side)]
         best = max(phases, key=self._value)
+        self.models[side].load_weights(self._model_folder(best))
         model = self._student(side)
-        model.load_weights(self._model_folder(best))
         args = copy.deepcopy(self.args[side])
         args.output_dir = str(self.output_dir / "phases" / "test")
         trainer_class = MutualDistillTrainer if side == "llm" else CRMTrainer
-        trainer = trainer_class(model, args)
+        # `Trainer` asks for it where the arguments say when to evaluate.
+        trainer = trainer_class(model, args, eval_dataset=self.sequences["validation"])
         PhaseProgress.install(trainer, f"{side.upper()} test")
         ranks = trainer.predict(self.sequences["test"]).predictions
         if arm == DISTILLED:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from trained import weights
 
 from llmd4rec_hf import (
     CRMArguments,
@@ -189,10 +190,42 @@ def test_interrupted_inside_a_phase_it_ends_with_the_same_numbers(whole, make_ru
 
 
 def test_a_finished_run_is_not_run_again(whole, make_run, memory, monkeypatch):
-    run = make_run("whole")
+    run = make_run("whole", seed=3)
     run.output_dir = memory["folder"]
     monkeypatch.setattr(MutualDistillation, "_run_phase", None)
     assert run.run() == whole
+    assert_models_are_the_saved_ones(run)
+
+
+def test_the_models_in_memory_are_the_best_ones_in_the_end(make_run):
+    """And not those of the control, which is tested last."""
+    run = make_run("memory", rounds=1)
+    run.run()
+    assert_models_are_the_saved_ones(run)
+    control = SASRecModel.from_pretrained(run._model_folder(Phase("crm", 1, "control")))
+    assert not torch.equal(weights(run.models["crm"]), weights(control))
+
+
+def assert_models_are_the_saved_ones(run: MutualDistillation) -> None:
+    for side, model_class in (("crm", SASRecModel), ("llm", LLMRecommender)):
+        saved = model_class.from_pretrained(run.output_dir / side)
+        assert torch.equal(weights(run.models[side]), weights(saved))
+
+
+@pytest.mark.parametrize("strategy", [{"eval_strategy": "epoch"}, {"eval_strategy": "steps", "eval_steps": 2}])
+def test_a_side_may_be_evaluated_as_its_arguments_say(make_run, strategy):
+    results = make_run("own", rounds=1, controls=False, crm_args=strategy, llm_args=strategy).run()
+    assert results["final"]["crm"]["test"]
+
+
+def test_what_is_set_for_a_side_is_kept_in_its_phases(make_run):
+    settings = {"metric_for_best_model": "loss", "greater_is_better": False, "data_seed": 5}
+    run = make_run("kept", crm_args=settings)
+    args = run._phase_args(Phase("crm", 2, "distilled"))
+    assert (args.metric_for_best_model, args.greater_is_better) == ("loss", False)
+    # Rounds must not see the same batches again.
+    assert args.data_seed == 2005
+    assert run._phase_args(Phase("llm", 1, "distilled")).metric_for_best_model == "ndcg@10"
 
 
 def test_control_arm_has_the_same_warm_up_and_no_teacher(make_run, monkeypatch):

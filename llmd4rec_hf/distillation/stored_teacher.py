@@ -130,7 +130,7 @@ class StoredTeacher(ABC):
             row = ids[rows][np.argmax(index < starts)]
             raise CacheError(
                 f"The student reads more of row {row} than its teacher did: build the teacher cache with a max_length "
-                "of at least the student's."
+                "of at least the student's, or give the student the teacher's max_length."
             )
         return self._unpack(self._gather(index), labels.device)
 
@@ -305,6 +305,19 @@ def _reserve(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
 
 
 def _fill_shard(shard: np.ndarray, starts: np.ndarray, encoded: Iterator) -> None:
-    """Put every position's record at its place."""
+    """Put every position's record at its place, of which there are as many as the rows' lengths have reserved."""
+    reserved, found = np.diff(starts), np.zeros(len(starts) - 1, dtype=np.int64)
     for row_ids, positions, records in encoded:
+        np.add.at(found, row_ids, 1)
+        _refuse_rows(row_ids[found[row_ids] > reserved[row_ids]], "more")
         shard[starts[row_ids] + positions] = records
+    # The others are of other processes.
+    rows = np.flatnonzero(found)
+    _refuse_rows(rows[found[rows] < reserved[rows]], "fewer")
+
+
+def _refuse_rows(rows: np.ndarray, how_many: str) -> None:
+    if len(rows):
+        raise CacheError(
+            f"Row {rows[0]} has {how_many} items than its `length` says: make that the number of its item_ids."
+        )

@@ -131,7 +131,7 @@ class HistoryTrainer(Trainer):
                 f"max_positions_per_batch={budget} needs the lengths of all rows: a datasets.Dataset with a column "
                 f"length as the training set, got {type(self.train_dataset).__name__} without one."
             )
-        positions = np.clip(column_array(self.train_dataset, "length") - 1, 1, self.model.config.max_length)
+        positions = np.clip(column_array(self.train_dataset, "length") - 1, 1, self._max_positions)
         if isinstance(self.data_collator, SequenceCollator) and self.data_collator.pad_to_multiple_of:
             positions += -positions % self.data_collator.pad_to_multiple_of
         return PositionBudgetBatchSampler(
@@ -170,19 +170,28 @@ class HistoryTrainer(Trainer):
 
     @property
     def _rows_per_step(self) -> float:
-        """Training rows of one optimizer step over all processes; under a budget of positions, on average."""
-        if self._batch_sampler is None:
-            return self.args.train_batch_size * self._batches_per_step
-        return len(self._batch_sampler.positions) / self._batch_sampler.steps_per_epoch
+        """Training rows of one optimizer step over all processes, on average."""
+        if self._batch_sampler is not None:
+            return len(self._batch_sampler.positions) / self._batch_sampler.steps_per_epoch
+        # Not of the arguments, which do not know of `auto_find_batch_size`.
+        full = self._train_batch_size * self._batches_per_step
+        rows = len(self.train_dataset)
+        return full if self.args.dataloader_drop_last else rows / max(1, -(-rows // full))
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """As in `Trainer`; under a budget of positions, on average."""
         return super().get_total_train_batch_size(args) if self._batch_sampler is None else round(self._rows_per_step)
 
     @property
+    def _max_positions(self) -> int:
+        """Most positions of a row that a batch holds."""
+        read = self.model.config.max_length
+        return min(self.data_collator.max_length, read) if isinstance(self.data_collator, SequenceCollator) else read
+
+    @property
     def _mean_positions(self) -> float:
         """Supervised positions per training row."""
-        max_length = self.model.config.max_length
+        max_length = self._max_positions
         if self.__dict__.get("_mean_positions_of") != (id(self.train_dataset), max_length):
             positions = column_array(self.train_dataset, "length") - 1
             self._mean_positions_value = float(np.minimum(positions, max_length).mean())
@@ -216,7 +225,7 @@ class HistoryTrainer(Trainer):
         """As in `Trainer`; `predictions` and `label_ids` are in the order of the rows, whatever the batches were."""
         output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
         sampler = self._get_eval_sampler(test_dataset)
-        if not isinstance(sampler, LengthSortedSampler):
+        if output.predictions is None or not isinstance(sampler, LengthSortedSampler):
             return output
         back = np.argsort(sampler.order)
         return output._replace(predictions=output.predictions[back], label_ids=output.label_ids[back])

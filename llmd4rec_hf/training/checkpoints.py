@@ -71,9 +71,10 @@ def rehome(checkpoint: str | os.PathLike) -> None:
     path = Path(checkpoint, STATE_NAME)
     state = TrainerState.load_from_json(str(path))
     best = state.best_model_checkpoint
-    here = None if best is None else str(Path(checkpoint).with_name(Path(best).name))
-    if best == here:
+    here = None if best is None else Path(checkpoint).with_name(Path(best).name)
+    # A checkpoint that was copied alone has its best one where it was.
+    if here is None or best == str(here) or not here.is_dir():
         return
-    state.best_model_checkpoint = here
+    state.best_model_checkpoint = str(here)
     state.save_to_json(str(path))
     write_manifest(path.parent)

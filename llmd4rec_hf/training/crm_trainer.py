@@ -28,6 +28,8 @@ class CRMTrainer(DistillationTrainer):
 
     arguments_class = CRMArguments
     settings_class = CRMSettings
+    # Of the student in training, while `dropout_with_teacher` is in its place.
+    _own_dropout: dict[tuple[nn.Module, str], float] = {}
 
     def _check_teacher(self, teacher) -> None:
         super()._check_teacher(teacher)
@@ -36,17 +38,18 @@ class CRMTrainer(DistillationTrainer):
 
     def train(self, *args, **kwargs):
         """As in [`DistillationTrainer`]; `dropout_with_teacher` lasts as long as the training."""
-        before = _dropout_rates(self.model)
         try:
             return super().train(*args, **kwargs)
         finally:
-            for (layer, name), rate in before.items():
+            for (layer, name), rate in self._own_dropout.items():
                 setattr(layer, name, rate)
+            self._own_dropout = {}
 
     def _prepare_student(self, model) -> None:
         super()._prepare_student(model)
         if self.settings.dropout_with_teacher is not None and self._teacher_cache is not None:
-            for layer, name in _dropout_rates(model):
+            self._own_dropout = _dropout_rates(model)
+            for layer, name in self._own_dropout:
                 setattr(layer, name, self.settings.dropout_with_teacher)
 
     def _take_item_vectors(self, model, teacher) -> None:
@@ -67,6 +70,6 @@ def _dropout_rates(model: nn.Module) -> dict[tuple[nn.Module, str], float]:
     for layer in model.modules():
         name = "p" if isinstance(layer, nn.Dropout) else "dropout"
         rate = getattr(layer, name, None)
-        if isinstance(rate, float) and rate > 0:
+        if isinstance(rate, float):
             rates[layer, name] = rate
     return rates

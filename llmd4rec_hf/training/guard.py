@@ -90,7 +90,7 @@ class StepGuard(TrainerCallback):
     def __init__(self):
         self.title = "training"
         self._not_finite: torch.Tensor | None = None
-        self._stopping = 0
+        self._signal = self._stopping = 0
 
     def watch(self, loss: torch.Tensor) -> None:
         """Remember whether a loss was finite, without waiting for the device."""
@@ -98,17 +98,24 @@ class StepGuard(TrainerCallback):
         self._not_finite = bad if self._not_finite is None else self._not_finite | bad
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._not_finite, self._stopping = None, 0
+        self._not_finite, self._signal, self._stopping = None, 0, 0
 
     def on_step_end(self, args, state, control, **kwargs):
         bad = self._not_finite is not None and bool(self._not_finite)
         self._not_finite = None
-        number, bad = _over_processes([stop_signals.received or 0, int(bad)], args.device)
+        self._signal, bad = _over_processes([stop_signals.received or 0, int(bad)], args.device)
         if bad:
             self._raise_not_finite(args, state, kwargs.get("lr_scheduler"))
         # After the last step of an epoch comes its evaluation: a checkpoint from in between would lack it for ever.
-        if number and not float(state.epoch).is_integer():
-            self._stopping = number
+        if not float(state.epoch).is_integer():
+            self._stop_if_asked(control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._stop_if_asked(control)
+
+    def _stop_if_asked(self, control):
+        if self._signal:
+            self._stopping = self._signal
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):

@@ -42,7 +42,8 @@ class PhaseProgress(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         value = (metrics or {}).get(f"eval_{self.metric}")
         if self.bar is not None and value is not None:
-            best = value if state.best_metric is None else max(value, state.best_metric)
+            lower = self.metric.endswith("loss") if args.greater_is_better is None else not args.greater_is_better
+            best = value if state.best_metric is None else (min if lower else max)(value, state.best_metric)
             self.bar.set_postfix_str(f"epoch {state.epoch:.0f}, {self.metric} {value:.4f}, best {best:.4f}")
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -51,11 +51,12 @@ class DistillationTrainer(HistoryTrainer):
     the ranks, in the order of the rows; the parts of the loss are logged; checkpoints and pushes carry the vocabulary,
     and a model card with results.
 
-    It takes the place of `Trainer` in a script by its name alone. With plain [`~transformers.TrainingArguments`] it
-    draws the same batches and, without a teacher, follows the same losses. Differences: the default collator is
-    [`SequenceCollator`]; `compute_metrics` is given ranks (1 is best) of shape `(n,)` as `predictions` and the true
-    items `(n,)` as `label_ids`, since scores over all items would not fit into memory; `eval_loss` is the
-    cross-entropy of the ranked item, not of all positions.
+    It takes the place of `Trainer` in a script by its name alone, where arguments are given by theirs. With plain
+    [`~transformers.TrainingArguments`] it draws the same batches and, without a teacher, follows the same losses.
+    Differences: the default collator is [`SequenceCollator`]; `compute_metrics` is given ranks (1 is best) of shape
+    `(n,)` as `predictions` and the true items `(n,)` as `label_ids`, since scores over all items would not fit into
+    memory, with `length_bucketing` in the order of the rows' lengths; `eval_loss` is the cross-entropy of the ranked
+    item, not of all positions; another loss (`label_smoothing_factor`, `compute_loss_func`) is refused.
 
     Args:
         model ([`RecommenderModel`]): the student.
@@ -91,6 +92,7 @@ class DistillationTrainer(HistoryTrainer):
         self._teacher_items: torch.Tensor | None = None
         kwargs.setdefault("compute_metrics", _ranking_metrics)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        self._refuse_other_losses()
         self.model_accepts_loss_kwargs = True
         self._loss_chunks = LossChunks(self.settings.loss_chunk_size)
         self._loss_sums = LossSums(self.args.device)
@@ -100,6 +102,17 @@ class DistillationTrainer(HistoryTrainer):
             self.add_callback(EarlyStoppingCallback(self.settings.early_stopping_patience))
         if teacher is not None:
             self._check_teacher(teacher)
+
+    def _refuse_other_losses(self) -> None:
+        for name, value in (
+            ("label_smoothing_factor", self.args.label_smoothing_factor),
+            ("compute_loss_func", self.compute_loss_func),
+        ):
+            if value:
+                raise ConfigurationError(
+                    f"{name} would change nothing: the loss is this trainer's own. Leave it out, or override "
+                    "compute_loss."
+                )
 
     def call_model_init(self, trial=None):
         """As in `Trainer`; the collator and what a teacher injects follow the new model."""
@@ -144,6 +157,8 @@ class DistillationTrainer(HistoryTrainer):
             resume_from_checkpoint = on_main_process(lambda: last_whole_checkpoint(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ConfigurationError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
+        elif resume_from_checkpoint and not Path(resume_from_checkpoint).is_dir():
+            raise ConfigurationError(f"There is no checkpoint {resume_from_checkpoint} to resume from.")
         self._prepare_teacher()
         self._prepare_student(self.model)
         self._loss_sums = LossSums(self.args.device)
@@ -165,6 +180,11 @@ class DistillationTrainer(HistoryTrainer):
     def _prepare_teacher(self) -> None:
         if self.teacher is None:
             return
+        if not has_lengths(self.train_dataset) or "row_id" not in self.train_dataset.column_names:
+            raise ConfigurationError(
+                "With a teacher the training set must be a datasets.Dataset with the columns item_ids, row_id and "
+                "length, as split_leave_one_out makes it."
+            )
         cache = self.teacher
         if isinstance(cache, StoredTeacher):
             cache.check(num_items=self.model.config.num_items, dataset=self.train_dataset)
@@ -240,7 +260,9 @@ class DistillationTrainer(HistoryTrainer):
         if self.settings.loss_normalization == "dataset" and has_lengths(self.train_dataset):
             return self._rows_per_step * self._mean_positions
         if num_items_in_batch is not None:
-            return num_items_in_batch
+            # Told not to, `Trainer` does not add up the processes' counts: the mean is of each one's own mean.
+            own = 1 if self.args.average_tokens_across_devices else self.accelerator.num_processes
+            return torch.as_tensor(num_items_in_batch).clamp_min(1) * own
         return max(labels.numel(), 1) * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -21,6 +21,7 @@ from cached_rows import (
     make_teacher,
     truncate,
 )
+from datasets import Dataset
 
 from llmd4rec_hf import processes as processes_module
 from llmd4rec_hf.distillation import TeacherCache, stored_teacher
@@ -213,3 +214,16 @@ def test_for_teacher_rebuilds_for_another_error(builds, wide_teacher, dataset, t
         cache = TeacherCache.for_teacher(wide_teacher, dataset, tmp_path / "cache", max_error=max_error)
         assert cache.manifest["max_error"] == max_error
     assert len(builds) == 3
+
+
+@pytest.mark.parametrize(
+    ("item_ids", "message"),
+    [([1, 2], "Row 5 has fewer items"), ([1] * 5, "Row 5 has more items")],
+)
+def test_rows_that_are_not_as_long_as_they_say(teacher, dataset, tmp_path, item_ids, message):
+    """As where histories are cut and `length` stays."""
+    rows = dataset.to_list()
+    row = next(row for row in rows if row["row_id"] == 5)
+    row["item_ids"] = item_ids
+    with pytest.raises(CacheError, match=message):
+        TeacherCache.build(teacher, Dataset.from_list(rows), tmp_path / "cache")

@@ -160,6 +160,19 @@ def test_the_command_line_wins_over_the_file_and_numbers_are_numbers(script, tmp
     assert crm_args.use_cpu
 
 
+def test_a_file_may_hold_lists_mappings_and_the_output_folder(script, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "output_dir: x\ncolumns: [user_id=u, item_id=i]\ncrm_lr_scheduler_type: cosine_with_restarts\n"
+        "crm_lr_scheduler_kwargs: {num_cycles: 2}\nllm_report_to: [none]\n"
+    )
+    options, crm_args, llm_args = script.parse(["--config", str(config)])
+    assert options.output_dir == "x"
+    assert dict(options.columns) == {"user_id": "u", "item_id": "i"}
+    assert crm_args.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert llm_args.report_to == []
+
+
 def test_the_demo_has_its_own_settings(script):
     options, crm_args, _ = script.parse(["--output_dir", "x"])
     assert options.dataset == "demo"

@@ -89,3 +89,10 @@ def test_members_that_do_not_go_together_are_refused(members, make_crm):
 def test_it_is_not_saved(members, tmp_path):
     with pytest.raises(ConfigurationError, match="save its members"):
         RecommenderEnsemble(members).save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_its_mode_is_that_of_its_members(members, training):
+    for member in members:
+        member.train(training)
+    assert RecommenderEnsemble(members).training is training

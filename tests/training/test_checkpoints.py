@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import pytest
+from transformers import TrainerState
 
-from llmd4rec_hf.training.checkpoints import rotate_checkpoints
+from llmd4rec_hf.training.checkpoints import STATE_NAME, rehome, rotate_checkpoints
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,13 @@ def test_rotation(tmp_path, limit, best, left):
 
 def test_nothing_to_rotate(tmp_path):
     rotate_checkpoints(tmp_path / "not-there", 1, None)
+
+
+def test_a_checkpoint_finds_its_best_one_beside_it_and_else_where_it_was(tmp_path):
+    for name in ("checkpoint-1", "checkpoint-2"):
+        (tmp_path / name).mkdir()
+    checkpoint = tmp_path / "checkpoint-2"
+    for name, expected in (("checkpoint-1", str(tmp_path / "checkpoint-1")), ("checkpoint-9", "/old/checkpoint-9")):
+        TrainerState(best_model_checkpoint=f"/old/{name}").save_to_json(str(checkpoint / STATE_NAME))
+        rehome(checkpoint)
+        assert TrainerState.load_from_json(str(checkpoint / STATE_NAME)).best_model_checkpoint == expected

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -106,9 +108,10 @@ def test_evaluated_saved_resumed_reloaded(make_model, make_trainer, splits, base
         save_total_limit=1,
     )
     best.train()
-    assert best.state.best_model_checkpoint.endswith("checkpoint-3")
-    first = next(entry for entry in best.state.log_history if "eval_loss" in entry)
-    assert best.evaluate()["eval_loss"] == first["eval_loss"]
+    chosen = max((entry for entry in best.state.log_history if "eval_loss" in entry), key=itemgetter("eval_loss"))
+    assert chosen["step"] < best.state.global_step
+    assert best.state.best_model_checkpoint.endswith(f"checkpoint-{chosen['step']}")
+    assert best.evaluate()["eval_loss"] == chosen["eval_loss"]
     loaded = LLMRecommender.from_pretrained(
         best.state.best_model_checkpoint, quantization_config=BitsAndBytesConfig(**bits)
     )

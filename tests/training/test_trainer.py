@@ -300,6 +300,72 @@ def test_dropout_with_a_teacher_ends_with_the_training(kind, make_crm, arguments
     assert not torch.equal(model.encode(ids), model.encode(ids))
 
 
+def test_dropout_with_a_teacher_is_also_that_of_a_student_without_any(make_crm, arguments, splits):
+    def trained(rate):
+        model = make_crm(0, dropout=0.0)
+        train(model, arguments(str(rate), num_train_epochs=1, dropout_with_teacher=rate), splits, make_crm(1))
+        return model
+
+    assert not torch.equal(weights(trained(0.5)), weights(trained(0.0)))
+    assert trained(0.5).dropout.p == 0.0
+
+
+def test_a_new_students_own_dropout_is_back_too(make_crm, arguments, splits):
+    trainer = CRMTrainer(
+        args=arguments(num_train_epochs=1, dropout_with_teacher=0.1),
+        train_dataset=splits["train"],
+        teacher=make_crm(1),
+        model_init=lambda: make_crm(0, dropout=0.5),
+    )
+    trainer.train()
+    assert trainer.model.dropout.p == 0.5
+
+
+@pytest.mark.parametrize("rows", [100, 256])
+def test_a_step_is_not_divided_by_rows_that_the_data_has_not(make_crm, arguments, splits, rows):
+    """40 rows make one batch of 40, whatever more would fit."""
+    students = make_crm(0), make_crm(0)
+    for student, size in zip(students, (40, rows), strict=True):
+        settings = {"per_device_train_batch_size": size, "optim": "sgd", "learning_rate": 0.5, "max_steps": 1}
+        train(student, arguments(str(size), **settings), splits)
+    torch.testing.assert_close(weights(students[1]), weights(students[0]))
+
+
+@pytest.mark.parametrize(("together", "divisors"), [(True, (5, 1)), (False, (10, 2))])
+def test_each_process_may_have_its_own_mean(make_crm, arguments, splits, monkeypatch, together, divisors):
+    """The loss is multiplied by the number of processes, because gradients are averaged over them."""
+    args = arguments(loss_normalization="batch", average_tokens_across_devices=together)
+    trainer = CRMTrainer(make_crm(), args, splits["train"])
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    assert [float(trainer._loss_divisor(torch.ones(3), count)) for count in (5, torch.tensor(0))] == list(divisors)
+
+
+@pytest.mark.parametrize("name", ["label_smoothing_factor", "compute_loss_func"])
+def test_another_loss_is_refused(make_crm, arguments, name):
+    args = arguments(label_smoothing_factor=0.1 if name == "label_smoothing_factor" else 0.0)
+    function = (lambda *_: 0) if name == "compute_loss_func" else None
+    with pytest.raises(ConfigurationError, match=f"{name} would change nothing"):
+        CRMTrainer(make_crm(), args, compute_loss_func=function)
+
+
+def test_a_prediction_of_the_loss_alone(make_crm, arguments, splits):
+    output = CRMTrainer(make_crm(), arguments(prediction_loss_only=True)).predict(splits["test"])
+    assert output.predictions is None
+    assert output.metrics["test_loss"] > 0
+
+
+def test_a_checkpoint_that_is_not_there_is_named(make_crm, arguments, splits):
+    with pytest.raises(ConfigurationError, match="no checkpoint nowhere to resume from"):
+        CRMTrainer(make_crm(), arguments(), splits["train"]).train(resume_from_checkpoint="nowhere")
+
+
+@pytest.mark.parametrize("column", ["row_id", "length"])
+def test_a_teacher_needs_to_know_the_rows(make_crm, arguments, splits, column):
+    trainer = CRMTrainer(make_crm(), arguments(), splits["train"].remove_columns(column), teacher=make_crm(1))
+    with pytest.raises(ConfigurationError, match="columns item_ids, row_id and length"):
+        trainer.train()
+
+
 def test_early_stopping(make_crm, arguments, splits):
     settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     args = arguments(
