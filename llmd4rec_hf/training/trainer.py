@@ -14,6 +14,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, EvalPrediction, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from ..data.sequences import item_id_range
 from ..distillation import (
     ListedScores,
     ListedTeacherCache,
@@ -145,8 +146,8 @@ class DistillationTrainer(HistoryTrainer):
 
         Raises:
             TrainingError: the loss is not finite.
-            ConfigurationError: nothing to resume from, `num_sampled_items` where sparse gradients do not work, or
-                `max_positions_per_batch` for data whose rows have no lengths or do not fit.
+            ConfigurationError: nothing to resume from, items that the student lacks, `num_sampled_items` where sparse
+                gradients do not work, or `max_positions_per_batch` for data whose rows have no lengths or do not fit.
         """
         if self.settings.max_positions_per_batch is not None and self.model_init is None:
             # For its errors, which should not come after a teacher has been cached.
@@ -159,6 +160,7 @@ class DistillationTrainer(HistoryTrainer):
                 raise ConfigurationError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
         elif resume_from_checkpoint and not Path(resume_from_checkpoint).is_dir():
             raise ConfigurationError(f"There is no checkpoint {resume_from_checkpoint} to resume from.")
+        self._check_items()
         self._prepare_teacher()
         self._prepare_student(self.model)
         self._loss_sums = LossSums(self.args.device)
@@ -176,6 +178,14 @@ class DistillationTrainer(HistoryTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.guard.watch(loss)
         return loss
+
+    def _check_items(self) -> None:
+        rows, num_items = self.train_dataset, self.model.config.num_items
+        if isinstance(rows, Dataset) and "item_ids" in rows.column_names and item_id_range(rows)[1] > num_items:
+            raise ConfigurationError(
+                f"The training set holds the item id {item_id_range(rows)[1]} and the student scores {num_items} "
+                "items: build it with num_items=len(vocabulary) of the vocabulary that the log was split with."
+            )
 
     def _prepare_teacher(self) -> None:
         if self.teacher is None:

@@ -359,6 +359,11 @@ def test_a_checkpoint_that_is_not_there_is_named(make_crm, arguments, splits):
         CRMTrainer(make_crm(), arguments(), splits["train"]).train(resume_from_checkpoint="nowhere")
 
 
+def test_data_of_another_catalogue_is_refused(make_crm, arguments, splits):
+    with pytest.raises(ConfigurationError, match="holds the item id 12 and the student scores 5 items"):
+        CRMTrainer(make_crm(num_items=5), arguments(), splits["train"]).train()
+
+
 @pytest.mark.parametrize("column", ["row_id", "length"])
 def test_a_teacher_needs_to_know_the_rows(make_crm, arguments, splits, column):
     trainer = CRMTrainer(make_crm(), arguments(), splits["train"].remove_columns(column), teacher=make_crm(1))
