@@ -66,7 +66,7 @@ def largest_difference(model: RecommenderModel, path: Path, k: int, rows: int) -
     expected, left = expected.numpy(), np.isfinite(found)
     if not (left == np.isfinite(expected)).all():
         return float("inf")
-    return float(np.abs(expected[left] - found[left]).max())
+    return float(np.abs(expected[left] - found[left]).max(initial=0.0))
 
 
 def run(options: argparse.Namespace, console: Console) -> None:

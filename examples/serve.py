@@ -20,7 +20,8 @@ import numpy as np
 import onnxruntime
 import uvicorn
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import HTMLResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -88,7 +89,11 @@ class ExportedRecommender:
 
     def _describe(self, item: int, score: float) -> dict:
         title = self.titles[item - 1] if self.titles else None
-        return {"item_id": self.item_ids[item - 1], "score": score, "title": title}
+        item_id = self.item_ids[item - 1]
+        # A page's numbers are floats: it would send back another id. As text it is taken too.
+        if isinstance(item_id, int) and abs(item_id) > 2**53:
+            item_id = str(item_id)
+        return {"item_id": item_id, "score": score, "title": title}
 
 
 def _pad(rows: list[list[int]]) -> np.ndarray:
@@ -125,6 +130,13 @@ class Response(BaseModel):
 def build_app(recommender: ExportedRecommender) -> FastAPI:
     """The service."""
     app = FastAPI(title="Recommendations", description="Next items for histories of anybody.")
+
+    # FastAPI's own answer repeats the request, which may hold what JSON cannot say.
+    @app.exception_handler(RequestValidationError)
+    def refuse(_, error: RequestValidationError) -> JSONResponse:
+        problems = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        text = "; ".join(problems).encode("ascii", "backslashreplace").decode()
+        return JSONResponse({"detail": text}, status_code=422)
 
     # Plain functions: they run in threads, so that one request does not hold up another.
     @app.post("/recommend")

@@ -79,6 +79,8 @@ def export_model(
         program, shapes = _trace(model, k)
         path = Path(output_dir, FILES[format])
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Written last, they say that all files are of one model.
+        path.with_name(FACTS_NAME).unlink(missing_ok=True)
         (_save_onnx if format == "onnx" else _save_torch)(program, path, shapes)
     if k is None:
         np.save(path.with_name(ITEM_MATRIX_NAME), model.item_matrix().detach().numpy(), allow_pickle=False)
@@ -89,12 +91,13 @@ def export_model(
 
 
 def _check(model: RecommenderModel, format: str, k: int | None) -> None:
-    if isinstance(model, LLMRecommender):
+    if any(isinstance(part, LLMRecommender) for part in model.modules()):
         raise ConfigurationError(
             "An LLM recommender is not exported: deploy the CRM that has learned from it, or call its `recommend`."
         )
     if model.vocabulary is None:
         raise ConfigurationError("The model has no item vocabulary to go with the graph: set `model.vocabulary`.")
+    model.check_vocabulary()
     if k is not None and k < 1:
         raise ConfigurationError(f"k must be at least 1, or None for the hidden states alone, got {k}.")
     if format not in FILES:

@@ -13,7 +13,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, set_seed
 
-from llmd4rec_hf import GRU4RecConfig, GRU4RecModel, ItemVocabulary, RecommenderModel, SASRecConfig, SASRecModel
+from llmd4rec_hf import (
+    GRU4RecConfig,
+    GRU4RecModel,
+    ItemVocabulary,
+    RecommenderEnsemble,
+    RecommenderModel,
+    SASRecConfig,
+    SASRecModel,
+)
 from llmd4rec_hf.errors import ConfigurationError
 from llmd4rec_hf.export import export_model, pickles_in
 
@@ -173,14 +181,24 @@ def test_a_model_of_ones_own_that_reads_one_item(tmp_path):
     assert recommended.tolist() == model.recommend([[5]], 3, filter_seen=False).ids
 
 
-def test_what_cannot_be_exported(make_llm, vocabulary, tmp_path):
-    llm = make_llm()
-    llm.vocabulary = vocabulary
+def test_an_export_that_is_interrupted_leaves_nothing_that_is_served(tmp_path, monkeypatch):
+    export_model(sasrec(), tmp_path, k=3)
+    monkeypatch.setattr(ItemVocabulary, "save_pretrained", None)
+    with pytest.raises(TypeError):
+        export_model(sasrec(), tmp_path, k=3)
+    assert not (tmp_path / "export.json").exists()
+
+
+def test_what_cannot_be_exported(make_llm, make_crm, vocabulary, tmp_path):
+    llm, misfit = make_llm(), sasrec()
+    llm.vocabulary, misfit.vocabulary = vocabulary, ItemVocabulary([1, 2, 3])
     nameless, untraceable = sasrec(), AverageModel(AverageConfig(max_length=4, traceable=False))
     nameless.vocabulary = None
     untraceable.vocabulary = ItemVocabulary(list(range(1, NUM_ITEMS + 1)))
     for model, options, message in [
         (llm, {}, "deploy the CRM"),
+        (RecommenderEnsemble([llm, make_crm()]), {}, "deploy the CRM"),
+        (misfit, {}, "holds 3 items and the model scores"),
         (nameless, {}, "no item vocabulary"),
         (untraceable, {}, "AverageModel cannot be traced"),
         (sasrec(), {"k": 0}, "k must be at least 1"),

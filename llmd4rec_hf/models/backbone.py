@@ -110,7 +110,9 @@ def check_bare(backbone) -> None:
     """Raise if a given model is not a backbone without head and adapter; names pass."""
     if isinstance(backbone, (str, os.PathLike)):
         return
-    if not isinstance(backbone, PreTrainedModel) or backbone.base_model is not backbone:
+    # PEFT puts an adapter into a model in place; a second recommender on it would overwrite the first one's.
+    has_adapter = hasattr(backbone, "peft_config")
+    if not isinstance(backbone, PreTrainedModel) or backbone.base_model is not backbone or has_adapter:
         raise ConfigurationError(
             f"{type(backbone).__name__} is not a bare backbone: give a folder, a Hub id, or a loaded model without "
             "head (its `.base_model`) and without adapter, which goes into `peft_config`."
@@ -132,6 +134,16 @@ def check_causal(backbone: PreTrainedModel) -> None:
         raise ConfigurationError(
             f"{type(backbone).__name__} is not causal: a later token changes earlier states. Give a decoder, or an "
             "encoder whose configuration has `is_decoder`."
+        )
+
+
+def check_room(backbone: PreTrainedModel, positions: int) -> None:
+    """Raise if an encoder made a decoder, whose positions are a table, has no room for the longest input."""
+    room = getattr(backbone.config, "max_position_embeddings", None)
+    if getattr(backbone.config, "is_decoder", False) and room is not None and positions > room:
+        raise ConfigurationError(
+            f"{type(backbone).__name__} has {room} positions, and prompt and longest history take {positions}: lower "
+            "max_length."
         )
 
 
@@ -160,8 +172,8 @@ def add_adapter(backbone: PreTrainedModel, peft_config):
             f"{type(peft_config).__name__} adds virtual tokens, and the prompt is this model's own: give an adapter "
             "of the layers, e.g. LoraConfig()."
         )
+    peft_config = copy.copy(peft_config)  # PEFT writes into it what it found in this backbone
     if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
-        peft_config = copy.copy(peft_config)
         peft_config.target_modules = "all-linear"
     try:
         return get_peft_model(backbone, peft_config)
@@ -190,7 +202,8 @@ def save_adapter(backbone, tensors: dict[str, torch.Tensor], directory: str | os
     """Write PEFT's two files, which PEFT alone can load onto the bare backbone."""
     # Not PeftModel.save_pretrained: it would also write a model card that claims the whole repository for PEFT.
     os.makedirs(directory, exist_ok=True)
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    # Some kinds share what lies in memory once, and a file may not.
+    tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
     save_file(tensors, os.path.join(directory, ADAPTER_WEIGHTS_NAME), metadata={"format": "pt"})
     peft_config = copy.copy(backbone.peft_config["default"])
     peft_config.inference_mode = True
@@ -211,9 +224,10 @@ def merge_adapter(backbone) -> PreTrainedModel:
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
+    # Trained as a whole from here on, as one that never had an adapter.
     if not getattr(backbone.get_base_model(), "is_quantized", False):
-        return backbone.merge_and_unload()
+        return backbone.merge_and_unload().requires_grad_(True)
     peft_config, tensors = backbone.peft_config["default"], get_peft_model_state_dict(backbone)
     backbone = get_peft_model(backbone.unload().dequantize(), peft_config)
     set_peft_model_state_dict(backbone, tensors)
-    return backbone.merge_and_unload()
+    return backbone.merge_and_unload().requires_grad_(True)

@@ -28,6 +28,7 @@ class LLMRecommenderConfig(PreTrainedConfig):
         item_text (`bool`, *optional*, defaults to `False`): whether title features join soft tokens and item head.
         dropout (`float`, *optional*, defaults to 0.0): dropout of soft tokens and of hidden states before the head.
         backbone_name_or_path (`str`, *optional*): where the base weights are.
+        backbone_revision, backbone_subfolder (`str`, *optional*): which of them, if that was said.
         backbone_config (`dict`, *optional*): the backbone's own configuration.
         format_version (`int`, *optional*, defaults to 1): of the files; later releases read earlier versions.
     """
@@ -47,6 +48,8 @@ class LLMRecommenderConfig(PreTrainedConfig):
         item_text: bool = False,
         dropout: float = 0.0,
         backbone_name_or_path: str = "",
+        backbone_revision: str | None = None,
+        backbone_subfolder: str | None = None,
         backbone_config: dict | None = None,
         format_version: int = FORMAT_VERSION,
         **kwargs,
@@ -70,6 +73,8 @@ class LLMRecommenderConfig(PreTrainedConfig):
         self.item_text = item_text
         self.dropout = dropout
         self.backbone_name_or_path = backbone_name_or_path
+        self.backbone_revision = backbone_revision
+        self.backbone_subfolder = backbone_subfolder
         # A plain dict, never the backbone's own object: a shared one would have its attention implementation reset by
         # this model's constructor, and the backbone would silently stop being causal.
         self.backbone_config = dict(backbone_config or {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -144,6 +145,7 @@ class LLMRecommender(RecommenderModel):
         backbone = base.ready_for_training(backbone)
         base.check_causal(backbone)
         prefix_ids, suffix_ids = split_prompt(prompt, tokenizer)
+        base.check_room(backbone, len(prefix_ids) + max_length + len(suffix_ids))
         config = LLMRecommenderConfig(
             num_items=num_items,
             item_dim=item_dim,
@@ -154,6 +156,8 @@ class LLMRecommender(RecommenderModel):
             item_text=item_texts is not None,
             dropout=dropout,
             backbone_name_or_path=str(name),
+            backbone_revision=backbone_kwargs.get("revision"),
+            backbone_subfolder=backbone_kwargs.get("subfolder"),
             backbone_config=base.plain_config(backbone),
         )
         model = cls(config, backbone)
@@ -169,6 +173,11 @@ class LLMRecommender(RecommenderModel):
     def has_adapter(self) -> bool:
         """Whether the backbone is frozen and carries a PEFT adapter."""
         return hasattr(self.backbone, "peft_config")
+
+    @property
+    def tells_items_apart(self) -> bool:
+        """Whether a history's soft tokens say which items it holds: by titles, or by item vectors that were set."""
+        return self.config.item_text or bool(self.item_vectors.any())
 
     @property
     def token_embedding(self) -> nn.Embedding:
@@ -250,6 +259,7 @@ class LLMRecommender(RecommenderModel):
             )
         vocabulary = self.vocabulary.add(item_ids, texts)
         features, vectors, head_rows = self._place_titles(texts)
+        features = features.to(self.item_text_features)
         self.item_text_features = torch.cat([self.item_text_features, features])
         self.item_vectors = torch.cat([self.item_vectors, vectors])
         self.item_head.weight = nn.Parameter(torch.cat([self.item_head.weight, head_rows]))
@@ -360,6 +370,10 @@ class LLMRecommender(RecommenderModel):
             state_dict = own
             if is_main_process:
                 base.save_adapter(self.backbone, adapter, save_directory)
+        elif is_main_process:
+            # Of this model before its adapter was merged: they would be taken for its own.
+            for name in (base.ADAPTER_CONFIG_NAME, base.ADAPTER_WEIGHTS_NAME):
+                Path(save_directory, name).unlink(missing_ok=True)
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
 
     def save_companions(self, save_directory: str | os.PathLike) -> None:
@@ -404,8 +418,9 @@ class LLMRecommender(RecommenderModel):
         Args:
             pretrained_model_name_or_path (`str`): folder or Hub id.
             config ([`LLMRecommenderConfig`], *optional*): read from the folder by default.
-            backbone (`str` or [`~transformers.PreTrainedModel`], *optional*): the base model, if it is loaded already,
-                or its folder or Hub id, if it is no longer where the configuration says.
+            backbone (`str` or [`~transformers.PreTrainedModel`], *optional*): the base model, if it is loaded already
+                (an adapter is put into it in place, so it serves one recommender), or its folder or Hub id, if it is
+                no longer where the configuration says.
             quantization_config (*optional*): load the base in 8 or 4 bits.
             dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`): of the base weights.
             trust_remote_code (`bool`, *optional*, defaults to `False`): run code from the base model's repository.
@@ -415,11 +430,13 @@ class LLMRecommender(RecommenderModel):
                 base.
 
         Raises:
-            ConfigurationError: the base model is not found or is another one, files that do not fit or are of a later
+            ConfigurationError: the base model is not found or does not fit, files that do not fit or are of a later
                 format version, a `quantization_config` for a model that was saved with its whole backbone.
         """
         source, hub_kwargs = str(pretrained_model_name_or_path), hub_arguments(kwargs)
         config = config or cls.config_class.from_pretrained(source, **hub_kwargs)
+        if not config.backbone_config:
+            raise ConfigurationError(f"{source} holds no LLM recommender: RecommenderModel loads any kind.")
         adapter = cached_file(
             source, base.ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
         )
@@ -435,6 +452,9 @@ class LLMRecommender(RecommenderModel):
             # `revision` and `subfolder` are the recommender's; the last two are what `AutoModel` hands on.
             own = ("revision", "subfolder", "adapter_kwargs", "_from_auto")
             options = {key: value for key, value in kwargs.items() if key not in own}
+            if backbone is None:
+                place = {"revision": config.backbone_revision, "subfolder": config.backbone_subfolder}
+                options |= {key: value for key, value in place.items() if value is not None}
             try:
                 backbone = base.load_backbone(name, dtype, quantization_config, trust_remote_code, **options)
             except ConfigurationError as error:
@@ -442,7 +462,9 @@ class LLMRecommender(RecommenderModel):
                     f"{source} needs its base model. {error} If it has moved, give its place, or the loaded model, as "
                     "`backbone=`."
                 ) from error
-        base.check_bare(backbone)
+        else:
+            base.check_bare(backbone)
+            base.check_causal(backbone)
         model = cls(config, base.ready_for_training(backbone))
         if adapter is not None:
             folder = os.path.dirname(cached_file(source, base.ADAPTER_WEIGHTS_NAME, **hub_kwargs))

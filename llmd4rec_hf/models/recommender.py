@@ -223,12 +223,14 @@ class RecommenderModel(PreTrainedModel):
         ids: list[list] = []
         scores: list[list[float]] = []
         item_matrix = self.item_matrix().float()
-        for start in range(0, len(encoded), batch_size):
-            best = self._recommend_batch(encoded[start : start + batch_size], k, filter_seen, allowed, item_matrix)
-            for row_ids, row_scores in best:
-                ids.append(self.vocabulary.decode(row_ids))
-                scores.append(row_scores)
-        self.train(was_training)
+        try:
+            for start in range(0, len(encoded), batch_size):
+                best = self._recommend_batch(encoded[start : start + batch_size], k, filter_seen, allowed, item_matrix)
+                for row_ids, row_scores in best:
+                    ids.append(self.vocabulary.decode(row_ids))
+                    scores.append(row_scores)
+        finally:
+            self.train(was_training)
         return Recommendations(ids, scores)
 
     @torch.no_grad()
@@ -333,19 +335,42 @@ class RecommenderModel(PreTrainedModel):
         `RecommenderModel.from_pretrained` loads any kind of recommender: its configuration says which.
 
         Raises:
-            ConfigurationError: called on this base class, where there is no model, or one that is no recommender.
+            ConfigurationError: weights or a vocabulary that do not fit the configuration or this class; called on this
+                base class, where there is no model, or one that is no recommender.
         """
         if cls is RecommenderModel:
             kind = _class_of(pretrained_model_name_or_path, **hub_arguments(kwargs))
             return kind.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        model = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        asked = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        # What is missing would be drawn at random, and recommend at random.
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if names := sorted(map(str, info[kind])):
+                raise ConfigurationError(
+                    f"The weights in {str(pretrained_model_name_or_path)!r} do not fit a {cls.__name__}: "
+                    f"{kind.replace('_', ' ')} {names[:3]}. RecommenderModel.from_pretrained finds the right kind."
+                )
         model._load_vocabulary(pretrained_model_name_or_path, **hub_arguments(kwargs))
-        return model
+        return (model, info) if asked else model
 
     def _load_vocabulary(self, source, **hub_kwargs):
         path = cached_file(str(source), "vocabulary.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
         if path is not None:
             self.vocabulary = ItemVocabulary.from_pretrained(os.path.dirname(path))
+            self.check_vocabulary()
+
+    def check_vocabulary(self) -> None:
+        """
+        Raises:
+            ConfigurationError: a vocabulary of more or fewer items than this model scores.
+        """
+        if self.vocabulary is not None and len(self.vocabulary) != self.config.num_items:
+            raise ConfigurationError(
+                f"The vocabulary holds {len(self.vocabulary)} items and the model scores {self.config.num_items}: its "
+                "files are of two trainings."
+            )
 
     def portable_state(self, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
         """The tensors that [`~RecommenderModel.save_pretrained`] writes: what tells this model from another one."""

@@ -167,7 +167,7 @@ def _results(facts: CardFacts) -> str:
 
 
 def _example(facts: CardFacts) -> str:
-    module = "llmd4rec_hf" if facts.model_class in models.__all__ else "your_module"
+    module = "llmd4rec_hf.models" if facts.model_class in models.__all__ else "your_module"
     needs_base = facts.adapter is not None and not facts.base_is_on_the_hub
     backbone = f', backbone="{Path(facts.base_model).name or "path/to/base"}"' if needs_base else ""
     lines = [

@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+from transformers.utils import logging
+
 from ..distillation import ListedTeacherCache, TeacherCache
 from ..errors import ConfigurationError
+from ..models import LLMRecommender
 from .arguments import MutualDistillArguments, MutualDistillSettings
 from .trainer import DistillationTrainer
+
+
+logger = logging.get_logger(__name__)
 
 
 class MutualDistillTrainer(DistillationTrainer):
@@ -39,6 +45,16 @@ class MutualDistillTrainer(DistillationTrainer):
                 f"{teacher.directory} holds a narrowed teacher, without its own item vectors: build it with max_error "
                 "0, or set refresh_item_vectors=False."
             )
+
+    def train(self, *args, **kwargs):
+        """As in [`DistillationTrainer`]; it warns of an LLM that cannot tell items apart."""
+        injects = self.teacher is not None and self.settings.refresh_item_vectors
+        if isinstance(self.model, LLMRecommender) and not injects and not self.model.tells_items_apart:
+            logger.warning(
+                "The LLM has neither item vectors nor titles: all histories look the same to it. Call its "
+                "set_item_vectors, or build it with item_texts."
+            )
+        return super().train(*args, **kwargs)
 
     def _take_item_vectors(self, model, teacher) -> None:
         if self.settings.refresh_item_vectors:

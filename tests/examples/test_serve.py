@@ -123,6 +123,10 @@ def test_bad_requests_are_told_why(service, body, status, message):
 
 def test_other_bad_requests(service):
     assert service("/recommend", raw=b"not json")[0] == 422
+    # What Python writes and JSON does not know, and half a character.
+    assert service("/recommend", raw=b'{"histories": [[NaN]]}')[0] == 422
+    assert service("/recommend", raw=b'{"histories": [[101]], "k": Infinity}')[0] == 422
+    assert service("/recommend", raw=b'{"histories": [[101]], "\\ud800": 1}')[0] == 422
     assert service("/recommend")[0] == 405
     assert service("/nowhere")[0] == 404
     # And it still works.

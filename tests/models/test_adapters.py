@@ -64,6 +64,9 @@ def test_lora_gets_all_linear_layers(tiny_folder):
     adapted = {name.split(".")[-4] for name, p in model.backbone.named_parameters() if "lora_A" in name}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert given.target_modules is None, "the user's own is left as it is"
+    given = LoraConfig(r=2, target_modules="all-linear")
+    LLMRecommender.from_backbone(tiny_folder, 12, peft_config=given)
+    assert given.target_modules == "all-linear"
 
 
 def test_refused_adapters(tiny_folder):

@@ -156,3 +156,9 @@ def test_new_items_need_titles_and_a_vocabulary(make_llm, titles):
         with pytest.raises(DataError):
             model.add_items(ids, texts)
     assert model.config.num_items == 12 and len(model.item_vectors) == 13
+
+
+def test_items_added_in_half_precision(trained):
+    model = trained(adapter=True).to(torch.bfloat16)
+    model.add_items(["new"], ["wool sofa"])
+    assert model.recommend([["i1", "new"]], k=2).ids[0]

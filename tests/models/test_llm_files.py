@@ -7,13 +7,10 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from plain_llm import trainable
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModel,
-    BitsAndBytesConfig,
-)
+from transformers import AutoModel, BertConfig, BertModel, BitsAndBytesConfig
 
 from llmd4rec_hf.data import ItemVocabulary
 from llmd4rec_hf.errors import ConfigurationError
@@ -194,3 +191,68 @@ def test_merging_without_an_adapter(make_llm):
     model = make_llm()
     before = model.content_hash()
     assert model.merge_and_unload().content_hash() == before
+
+
+def test_a_model_merged_into_its_own_folder(make_llm, batch, tmp_path):
+    model = make_llm(adapter=True).eval()
+    model.save_pretrained(tmp_path)
+    model.merge_and_unload().save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("adapter*"))
+    loaded = LLMRecommender.from_pretrained(tmp_path)
+    assert torch.equal(loaded.encode(batch["item_ids"]), model.encode(batch["item_ids"]))
+    # It is trained as a whole again, as what is loaded is.
+    assert len(trainable(model)) == len(trainable(loaded)) == len(list(model.parameters()))
+
+
+def test_one_loaded_backbone_serves_one_recommender(tiny_folder, make_llm, tmp_path):
+    """PEFT puts an adapter into it in place: a second one would overwrite the first."""
+    make_llm(adapter=True).save_pretrained(tmp_path)
+    backbone = AutoModel.from_pretrained(tiny_folder)
+    LLMRecommender.from_pretrained(tmp_path, backbone=backbone)
+    for second in (
+        lambda: LLMRecommender.from_pretrained(tmp_path, backbone=backbone),
+        lambda: make_llm(backbone=backbone, adapter=True),
+    ):
+        with pytest.raises(ConfigurationError, match="without adapter"):
+            second()
+
+
+def test_which_base_it_was_is_remembered(tiny_folder, make_llm, batch, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "bases" / "second")
+    model = LLMRecommender.from_backbone(
+        str(tmp_path / "bases"), 12, 6, subfolder="second", peft_config=LoraConfig(r=2)
+    ).eval()
+    model.save_pretrained(tmp_path / "model")
+    loaded = LLMRecommender.from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded.encode(batch["item_ids"]), model.encode(batch["item_ids"]))
+    # A revision says nothing of a folder, but it is asked for where the base is on the Hub.
+    named = LLMRecommender.from_backbone(tiny_folder, 12, 6, revision="v1")
+    assert named.config.backbone_revision == "v1"
+
+
+def test_a_base_that_is_not_causal(make_llm, tmp_path):
+    make_llm(adapter=True).save_pretrained(tmp_path)
+    encoder = BertModel(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(ConfigurationError, match="BertModel is not causal"):
+        LLMRecommender.from_pretrained(tmp_path, backbone=encoder)
+
+
+def test_an_encoder_has_room_for_the_longest_history(make_llm, tmp_path):
+    config = BertConfig(
+        vocab_size=400,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        is_decoder=True,
+        max_position_embeddings=8,
+    )
+    tokenizer = make_llm().tokenizer
+    LLMRecommender.from_backbone(BertModel(config), 12, tokenizer=tokenizer, prompt="{history}", max_length=8)
+    with pytest.raises(ConfigurationError, match="has 8 positions, and prompt and longest history take 9"):
+        LLMRecommender.from_backbone(BertModel(config), 12, tokenizer=tokenizer, prompt="{history}", max_length=9)
+
+
+def test_a_folder_of_another_kind(make_crm, tmp_path):
+    make_crm().save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="holds no LLM recommender"):
+        LLMRecommender.from_pretrained(tmp_path)

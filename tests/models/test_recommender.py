@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from llmd4rec_hf.data import ItemVocabulary, SequenceCollator
 from llmd4rec_hf.errors import ConfigurationError, DataError
-from llmd4rec_hf.models import Recommendations, RecommenderModel, RecommenderOutput
+from llmd4rec_hf.models import GRU4RecModel, Recommendations, RecommenderModel, RecommenderOutput, SASRecModel
 
 
 AUTO_MODEL_TAKES_ADAPTERS = Version(transformers.__version__) >= Version("5.4")
@@ -238,6 +238,24 @@ def test_the_vocabulary_travels_with_the_model(make_model, titles, tmp_path, ids
 def test_no_vocabulary_is_fine(crm_kind, still_model, tmp_path):
     still_model(crm_kind).save_pretrained(tmp_path)
     assert type(still_model(crm_kind)).from_pretrained(tmp_path).vocabulary is None
+
+
+def test_a_vocabulary_of_another_size_is_refused(crm_kind, still_model, tmp_path):
+    model = still_model(crm_kind)
+    model.save_pretrained(tmp_path)
+    ItemVocabulary(list(range(11))).save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="holds 11 items and the model scores 12"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_weights_of_another_kind_are_refused(still_model, tmp_path):
+    """Else what is missing would be drawn at random."""
+    still_model("sasrec").save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="do not fit a GRU4RecModel: missing keys"):
+        GRU4RecModel.from_pretrained(tmp_path)
+    model, info = SASRecModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(model, SASRecModel)
+    assert not info["missing_keys"]
 
 
 def test_only_the_main_process_writes(kind, still_model, tmp_path):

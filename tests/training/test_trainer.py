@@ -30,6 +30,7 @@ from llmd4rec_hf import (
 from llmd4rec_hf.distillation import teacher_cache
 from llmd4rec_hf.errors import CacheError, ConfigurationError
 from llmd4rec_hf.models import RecBoleSASRecConfig, RecBoleSASRecModel
+from llmd4rec_hf.training import mutual_distill_trainer
 
 
 @pytest.fixture
@@ -357,6 +358,19 @@ def test_a_prediction_of_the_loss_alone(make_crm, arguments, splits):
 def test_a_checkpoint_that_is_not_there_is_named(make_crm, arguments, splits):
     with pytest.raises(ConfigurationError, match="no checkpoint nowhere to resume from"):
         CRMTrainer(make_crm(), arguments(), splits["train"]).train(resume_from_checkpoint="nowhere")
+
+
+@pytest.mark.parametrize(("refresh", "warnings"), [(False, 1), (True, 0)])
+def test_an_llm_that_cannot_tell_items_apart_is_warned_of(
+    make_crm, make_llm, splits, tmp_path, monkeypatch, refresh, warnings
+):
+    said = []
+    monkeypatch.setattr(mutual_distill_trainer.logger, "warning", said.append)
+    llm = make_llm()
+    llm.item_vectors.zero_()
+    args = llm_arguments(tmp_path, refresh_item_vectors=refresh, max_steps=1)
+    MutualDistillTrainer(llm, args, splits["train"], teacher=make_crm(1)).train()
+    assert len([text for text in said if "neither item vectors nor titles" in text]) == warnings
 
 
 def test_data_of_another_catalogue_is_refused(make_crm, arguments, splits):
