@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from llmd4rec_hf import RecommenderModel, load_interactions, ranking_metrics
-from llmd4rec_hf.command_line import column_pair, cut_offs, one_line_errors, script_parser
+from llmd4rec_hf.command_line import column_pair, cut_offs, one_line_errors, output_file, script_parser
 from llmd4rec_hf.data import load_prepared, make_demo
 from llmd4rec_hf.data.formats import format_names
-from llmd4rec_hf.data.prepared import MANIFEST, SPLITS
+from llmd4rec_hf.data.prepared import SPLITS, is_prepared
 from llmd4rec_hf.errors import DataError
+from llmd4rec_hf.models import Recommendations
 from llmd4rec_hf.models.recommendations import save_qrels
 
 
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--format", default="auto", choices=format_names(), metavar="NAME", help="of the log; found by default")
     add("--columns", nargs="+", type=column_pair, metavar="OURS=THEIRS", help="user_id, item_id, timestamp, ...")
-    add("--split_by", default="leave_one_out", choices=list(SPLITS), help="%(default)s by default")
+    add("--split_by", choices=list(SPLITS), help="that of prepared data by default, else leave_one_out")
     add("--split", default="test", choices=["train", "validation", "test"], help="%(default)s by default")
     add = parser.add_argument_group("how").add_argument
     add("--seen_items", default="mask", choices=["mask", "keep"], help="leave items of the history out of the ranking")
@@ -50,9 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=256, metavar="N", help="histories at a time (%(default)s)")
     add("--use_cpu", action="store_true", help="even if there is an accelerator")
     add = parser.add_argument_group("what to write").add_argument
-    add("--save_metrics", metavar="FILE", help="metrics and protocol, as JSON")
-    add("--save_run", metavar="FILE", help="the best items of every row, as a TREC run")
-    add("--save_qrels", metavar="FILE", help="the true items, as TREC qrels")
+    add("--save_metrics", type=output_file, metavar="FILE", help="metrics and protocol, as JSON")
+    add("--save_run", type=output_file, metavar="FILE", help="the best items of every row, as a TREC run")
+    add("--save_qrels", type=output_file, metavar="FILE", help="the true items, as TREC qrels")
     add("--run_depth", type=int, default=100, metavar="K", help="items per row of the run (%(default)s)")
     return parser
 
@@ -62,13 +63,17 @@ def load_rows(options: argparse.Namespace, model: RecommenderModel):
     source = options.dataset
     if source == "demo":
         interactions = load_interactions(make_demo(seed=0)[0])
-    elif Path(source, MANIFEST).is_file():
-        interactions = load_prepared(source).interactions
+    elif is_prepared(source):
+        prepared = load_prepared(source)
+        interactions = prepared.interactions
+        # By another one, what was trained on would be asked for.
+        options.split_by = options.split_by or prepared.card["prepared"]["split"]
     else:
         interactions = load_interactions(source, format=options.format, columns=dict(options.columns or []))
     if options.new_items == "skip":
         known = {str(item) for item in model.vocabulary.item_ids}
         interactions = interactions.filter(lambda item: str(item) in known, input_columns="item_id")
+    options.split_by = options.split_by or "leave_one_out"
     rows = SPLITS[options.split_by](interactions, model.vocabulary)[options.split]
     if len(rows) == 0:
         raise DataError(f"No user has enough interactions for {options.split}.")
@@ -98,9 +103,20 @@ def save_lists(options: argparse.Namespace, model: RecommenderModel, rows) -> No
     if options.save_qrels:
         save_qrels(options.save_qrels, users, [decode(row[-1:])[0] for row in rows["item_ids"]])
     if options.save_run:
-        histories = [decode(row[:-1]) for row in rows["item_ids"]]
-        found = model.recommend(histories, options.run_depth, filter_seen=options.seen_items == "mask")
-        found.save_trec(options.save_run, users)
+        found_items(options, model, [decode(row) for row in rows["item_ids"]]).save_trec(options.save_run, users)
+
+
+def found_items(options: argparse.Namespace, model: RecommenderModel, rows: list[list]) -> Recommendations:
+    """The best items after each row's history. As in the metrics, a true item that it holds is not left out."""
+    histories, depth = [row[:-1] for row in rows], options.run_depth
+    if options.seen_items == "keep":
+        return model.recommend(histories, depth, filter_seen=False)
+    found = model.recommend(histories, depth + max(map(len, histories)), filter_seen=False)
+    for row, ids, scores in zip(rows, found.ids, found.scores, strict=True):
+        seen = set(row[:-1]) - {row[-1]}
+        kept = [place for place, item in enumerate(ids) if item not in seen][:depth]
+        ids[:], scores[:] = [ids[place] for place in kept], [scores[place] for place in kept]
+    return found
 
 
 def show(metrics: dict[str, float], title: str, caption: str, console: Console) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmd4rec_hf import RecommenderModel, load_interactions
-from llmd4rec_hf.command_line import column_pair, escaped, one_line_errors, script_parser
+from llmd4rec_hf.command_line import column_pair, escaped, one_line_errors, output_file, script_parser
 from llmd4rec_hf.data.formats import format_names
 from llmd4rec_hf.errors import DataError
 from llmd4rec_hf.models import Recommendations
@@ -47,7 +47,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--skip_unknown", action="store_true", help="leave out items the model does not know, instead of stopping")
     add("--format", default="auto", choices=format_names(), metavar="NAME", help="of the log; found by default")
     add("--columns", nargs="+", type=column_pair, metavar="OURS=THEIRS", help="user_id, item_id, timestamp")
-    add("--output", metavar="FILE", help=f"write them all here; by its ending one of {', '.join(WRITERS)}")
+    add(
+        "--output",
+        type=output_file,
+        metavar="FILE",
+        help=f"write them all here; by its ending one of {', '.join(WRITERS)}",
+    )
     return parser
 
 
@@ -68,9 +73,10 @@ def find(options: argparse.Namespace, model: RecommenderModel) -> tuple[list, Re
     candidates = None
     if options.candidates:
         try:
-            candidates = Path(options.candidates).read_text(encoding="utf-8").split()
-        except OSError as error:
-            raise DataError(f"Cannot read the candidates in {options.candidates}: {error.strerror}.") from error
+            lines = Path(options.candidates).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, ValueError) as error:
+            raise DataError(f"Cannot read the candidates in {options.candidates}: {error}.") from error
+        candidates = [line.strip() for line in lines if line.strip()]
     found = model.recommend(
         histories,
         options.k,

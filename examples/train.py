@@ -50,7 +50,7 @@ from llmd4rec_hf import (  # noqa: E402
 from llmd4rec_hf.command_line import column_pair, one_line_errors, script_parser  # noqa: E402
 from llmd4rec_hf.data import PreparedData, load_prepared, make_demo, prepare  # noqa: E402
 from llmd4rec_hf.data.formats import format_names  # noqa: E402
-from llmd4rec_hf.data.prepared import MANIFEST, SPLITS  # noqa: E402
+from llmd4rec_hf.data.prepared import SPLITS, is_prepared  # noqa: E402
 from llmd4rec_hf.errors import ConfigurationError  # noqa: E402
 from llmd4rec_hf.evaluation.report import summary_table  # noqa: E402
 from llmd4rec_hf.evaluation.results import cautions  # noqa: E402
@@ -181,8 +181,10 @@ def load_data(options) -> PreparedData:
     source, items = options.dataset, options.items
     if source == "demo":
         source, items = make_demo(seed=0)
-    elif Path(source, MANIFEST).is_file():
-        return load_prepared(source)
+    elif is_prepared(source):
+        prepared = load_prepared(source)
+        _refuse_data_options(options, prepared)
+        return prepared
     return prepare(
         source,
         items,
@@ -195,6 +197,21 @@ def load_data(options) -> PreparedData:
         k_user=options.k_core,
         k_item=options.k_core,
     )
+
+
+def _refuse_data_options(options, prepared: PreparedData) -> None:
+    """Of prepared data they would change nothing."""
+    own = {"split": prepared.card["prepared"]["split"]}
+    given = [
+        name
+        for name in ("items", "format", "columns", "item_columns", "text_template", "split", "min_rating", "k_core")
+        if getattr(options, name) not in (build_parser().get_default(name), own.get(name))
+    ]
+    if given:
+        raise ConfigurationError(
+            f"{options.dataset} is prepared already: --{given[0]} would change nothing. Leave it out, or prepare the "
+            "data anew with it."
+        )
 
 
 def dataset_facts(card: dict) -> dict:

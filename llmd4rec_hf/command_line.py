@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import datasets
 import transformers
@@ -30,6 +31,13 @@ def column_pair(text: str) -> tuple[str, str]:
     if not (ours and equals and theirs):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form OURS=THEIRS")
     return ours, theirs
+
+
+def output_file(text: str) -> str:
+    """A file to write, refused before any work where its folder is not there."""
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(Path(text).parent)!r} to write {text!r} to")
+    return text
 
 
 @contextmanager

@@ -121,13 +121,53 @@ def times(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 
 
 def seconds(values: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    """Times in seconds. Finer units are known by their size: as seconds they would lie after the year 5000."""
-    first = pc.min(values).as_py() or 0
-    for unit, least, parts in (("nano", 1e17, 1e9), ("micro", 1e14, 1e6), ("milli", 1e11, 1e3)):
-        if first >= least:
-            logger.info("%s: times in %sseconds are turned to seconds", where, unit)
-            return whole(pc.divide(values.cast(pa.float64(), safe=False), parts))
-    return values
+    """
+    Times in seconds. Finer units are known by their size: as seconds they would lie after the year 5000. So are dates
+    written as one number, which as seconds would all lie in August 1970.
+
+    Raises:
+        `DataError`: Times of different units in one column.
+    """
+    if len(values) == 0:
+        return values
+    dates = _dates(values)
+    if dates is not None:
+        logger.info("%s: taken for dates, such as 20170714", where)
+        return dates
+    low, high = (pc.min_max(values)[name].as_py() for name in ("min", "max"))
+    unit, parts = _unit(low)
+    if parts != _unit(high)[1]:
+        few, many = (pc.index(values, value).as_py() for value in (low, high))
+        raise DataError(
+            f"{where}: row {few + 1} holds {low} and row {many + 1} holds {high}, which are times in different units; "
+            "correct or drop the rows that are wrong"
+        )
+    if parts == 1:
+        return values
+    logger.info("%s: times in %s are turned to seconds", where, unit)
+    return whole(pc.divide(values.cast(pa.float64(), safe=False), parts))
+
+
+def _unit(time: float) -> tuple[str, float]:
+    """What a time is counted in, and how many of those make a second."""
+    for unit, least, parts in (("nanoseconds", 1e17, 1e9), ("microseconds", 1e14, 1e6), ("milliseconds", 1e11, 1e3)):
+        if time >= least:
+            return unit, parts
+    return "seconds", 1
+
+
+def _dates(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
+    """Seconds of values that are all dates such as 20170714; `None` if one is not."""
+    if not pa.types.is_integer(values.type):
+        return None
+    extremes = pc.min_max(values)
+    if extremes["min"].as_py() < 19000101 or extremes["max"].as_py() > 21001231:
+        return None
+    dates = pc.strptime(values.cast(pa.string()), format="%Y%m%d", unit="s", error_is_null=True)
+    seconds = dates.cast(pa.int64())
+    # Months and days beyond the calendar's are carried over or refused, by system.
+    same = pc.equal(pc.strftime(dates, format="%Y%m%d").cast(pa.int64()), values)
+    return seconds if dates.null_count == 0 and pc.all(same).as_py() and pc.min(seconds).as_py() >= 0 else None
 
 
 def whole(values: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -154,23 +194,28 @@ def _numbers(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
         return column.cast(pa.int64())
     if pa.types.is_floating(kind):
         return column.cast(pa.float64())
-    if pa.types.is_temporal(kind) and not pa.types.is_duration(kind):
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         microseconds = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
         return pc.divide(microseconds.cast(pa.float64()), 1e6)
-    for target in (pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC")):
+    # Nanoseconds last: they reach to the year 2262 alone.
+    for target in (pa.float64(), *(pa.timestamp(unit, zone) for unit in ("us", "ns") for zone in (None, "UTC"))):
         try:
             parsed = column.cast(target)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             continue
         return parsed if target == pa.float64() else _numbers(parsed, where)
-    example = _first_unparsed(column)
-    raise DataError(f"{where}: {example}, which is neither a number nor an ISO date; correct it or drop the row")
+    raise DataError(f"{where}: {_first_unparsed(column)}")
 
 
 def _first_unparsed(column: pa.ChunkedArray) -> str:
+    """What is wrong with a column that is neither numbers nor dates."""
     values = pd.Series(column.to_pandas())
     bad = pd.to_numeric(values, errors="coerce").isna()
     if bad.all():  # dates, then
         bad = pd.to_datetime(values, errors="coerce", format="ISO8601", utc=True).isna()
-    row = first_true(bad.to_numpy()) or 0
-    return f"row {row + 1} holds {values[row]!r}"
+    row = first_true(bad.to_numpy())
+    if row is None:
+        return "some rows name a time zone and others do not; write all times in one way"
+    return (
+        f"row {row + 1} holds {values[row]!r}, which is neither a number nor an ISO date; correct it or drop the row"
+    )

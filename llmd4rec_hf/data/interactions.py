@@ -146,7 +146,7 @@ def _stable_order(user: np.ndarray, time: np.ndarray) -> np.ndarray:
 
 
 def _order_columns(table: pa.Table, names: dict[str, str], where: str) -> dict[str, pa.ChunkedArray]:
-    if "timestamp" in names:
+    if "timestamp" in names and not _repeats_position(table, names):
         name = f"{where}, column {names['timestamp']!r}"
         return {"timestamp": seconds(times(table[names["timestamp"]], name), name)}
     if "position" in names:
@@ -156,6 +156,11 @@ def _order_columns(table: pa.Table, names: dict[str, str], where: str) -> dict[s
         logger.info("%s: no timestamps and no position; the order of the file is kept", where)
         order = pa.chunked_array([np.arange(table.num_rows)])
     return {"timestamp": order, "position": order}
+
+
+def _repeats_position(table: pa.Table, names: dict[str, str]) -> bool:
+    """As in what [`load_interactions`] makes of a log without a clock: loaded again, it still has none."""
+    return "position" in names and table[names["timestamp"]].equals(table[names["position"]])
 
 
 def log_table(interactions: datasets.Dataset) -> pa.Table:

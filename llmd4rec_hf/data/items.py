@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -82,6 +83,8 @@ def load_items(
     Raises:
         `DataError`: The source is missing or not understood, an item occurs twice, or the template names no column.
     """
+    if max_text_length < 1:
+        raise ConfigurationError(f"max_text_length={max_text_length}; it must be 1 or more")
     if duplicates not in ("refuse", "first"):
         raise ConfigurationError(f"duplicates={duplicates!r}; choose 'refuse' or 'first'")
     opened = open_source(source, "items", format=format, columns=columns, revision=revision, token=token)
@@ -174,11 +177,18 @@ def _fill_template(
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ConfigurationError(f"text_template {template!r}: {error}") from error
+    if all(field is None for _, field, _, _ in pieces):
+        raise ConfigurationError(f"text_template {template!r} names no field, such as {{title}}")
     parts: list[Any] = []
+    has_gap = pa.chunked_array([np.zeros(catalogue.num_rows, bool)])
     for literal, field, _, _ in pieces:
-        parts += [literal] if field is None else [literal, clean_text(_field(catalogue, field, where, hints))]
+        parts.append(literal)
+        if field is not None:
+            parts.append(clean_text(_field(catalogue, field, where, hints)))
+            has_gap = pc.or_(has_gap, pc.equal(parts[-1], ""))
     text = clean_text(pa.chunked_array([pc.binary_join_element_wise(*parts, "").combine_chunks()]))
-    return text if template == "{title}" else _without_gaps(text)
+    # Elsewhere brackets and dashes are the item's own.
+    return text if template == "{title}" else pc.if_else(has_gap, _without_gaps(text), text)
 
 
 def _field(catalogue: pa.Table, field: str, where: str, hints: dict[str, tuple[str, ...]]) -> pa.ChunkedArray:

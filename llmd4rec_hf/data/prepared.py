@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 from filelock import FileLock, Timeout
 
 from ..errors import ConfigurationError, DataError
-from ..files import write_json
-from .arrow import to_table
+from ..files import storage_errors_named, write_json
+from .arrow import from_pandas, to_table
 from .card import data_card, render
 from .filters import filter_interactions
 from .formats import detect_format
@@ -54,31 +55,40 @@ class PreparedData:
 
     folder: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_key", _manifest(self.folder).get("key"))
+
+    def _file(self, name: str) -> Path:
+        """Of this preparation, and not of a later one with other options: ids would mean other items."""
+        if _manifest(self.folder).get("key") != self._key:
+            raise DataError(f"{self.folder} has been prepared again with other options: load it again")
+        return self.folder / name
+
     @cached_property
     def interactions(self) -> datasets.Dataset:
         """The filtered log."""
-        return load_interactions(self.folder / "interactions.parquet")
+        return load_interactions(self._file("interactions.parquet"))
 
     @cached_property
     def items(self) -> datasets.Dataset | None:
         """The catalogue, if there is one."""
-        file = self.folder / "items.parquet"
+        file = self._file("items.parquet")
         return load_items(file) if file.exists() else None
 
     @cached_property
     def vocabulary(self) -> ItemVocabulary:
         """The items of the log."""
-        return ItemVocabulary.from_pretrained(self.folder)
+        return ItemVocabulary.from_pretrained(self._file("vocabulary.json").parent)
 
     @cached_property
     def sequences(self) -> datasets.DatasetDict:
         """`train`, `validation` and `test`, memory-mapped."""
-        return datasets.load_from_disk(str(self.folder / "sequences"))
+        return datasets.load_from_disk(str(self._file("sequences")))
 
     @cached_property
     def card(self) -> dict[str, Any]:
         """What [`data_card`] returned."""
-        return json.loads((self.folder / "data_card.json").read_text(encoding="utf-8"))
+        return json.loads(self._file("data_card.json").read_text(encoding="utf-8"))
 
 
 def prepare(
@@ -102,8 +112,9 @@ def prepare(
     """
     Loads a log and its catalogue, filters, splits and describes them, and keeps the result on disk.
 
-    The folder remembers a hash of the sources' content and of the options: asked for the same again, it is returned as
-    it is. Of several processes that ask at the same time, one prepares it and the others wait.
+    The folder remembers a hash of the sources' content (of a Hub dataset its name and revision) and of the options:
+    asked for the same again, it is returned as it is. Of several processes that ask at the same time, one prepares it
+    and the others wait.
 
     Args:
         source (`str`, `Path`, `pandas.DataFrame` or `datasets.Dataset`):
@@ -139,10 +150,12 @@ def prepare(
         items = source if path.is_dir() or not (path.exists() or ":" in str(source)) else None
         item_options["format"] = format
     key = _key([source, items], [log_options, item_options, split, with_floors, filters])
-    folder = Path(output_dir) if output_dir is not None else _cache_folder(key)
+    folder = Path(output_dir).expanduser() if output_dir is not None else _cache_folder(key)
+    _refuse_own_source(folder, [(source, "interactions", format), (items, "items", item_options["format"])])
     if _holds(folder, key):
         return PreparedData(folder)
-    with _to_itself(folder):
+    remedy = "Make room or give another output_dir."
+    with storage_errors_named(folder, remedy), _to_itself(folder):
         if _holds(folder, key):  # since the process that had it until now was at the same
             return PreparedData(folder)
         log = filter_interactions(load_interactions(source, **log_options), **filters)
@@ -158,6 +171,11 @@ def prepare(
     return PreparedData(folder)
 
 
+def is_prepared(source: Any) -> bool:
+    """Whether `source` is a folder that [`prepare`] wrote."""
+    return isinstance(source, (str, Path)) and bool(_manifest(Path(source).expanduser()))
+
+
 def load_prepared(folder: str | Path) -> PreparedData:
     """
     Opens a folder that [`prepare`] wrote.
@@ -171,8 +189,13 @@ def load_prepared(folder: str | Path) -> PreparedData:
     return PreparedData(folder)
 
 
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, anything else that JSON does not know (a time) as text."""
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
 def _key(sources: list[Any], options: Any) -> str:
-    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, options], sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, options], sort_keys=True, default=_plain).encode())
     for part, source, how in zip(("interactions", "items"), sources, options, strict=False):
         digest.update(f"\n{part}\n".encode())
         if source is not None:
@@ -183,11 +206,9 @@ def _key(sources: list[Any], options: Any) -> str:
 def _add_content(digest: Any, source: Any, part: str, format: str) -> None:
     """Files go by their bytes, tables by their values, and a Hub dataset by its name and revision."""
     if isinstance(source, pd.DataFrame):
-        digest.update(str(list(source.columns)).encode())
-        digest.update(pd.util.hash_pandas_object(source, index=False).to_numpy().data)
+        _add_table(digest, from_pandas(source))
     elif isinstance(source, datasets.Dataset):
-        with pa.ipc.new_stream(pa.PythonFile(_HashSink(digest), "w"), source.features.arrow_schema) as writer:
-            writer.write_table(to_table(source).cast(source.features.arrow_schema))
+        _add_table(digest, to_table(source).cast(source.features.arrow_schema))
     else:
         path = Path(source).expanduser()
         files = _files(path, part, format) if path.exists() else []
@@ -195,6 +216,12 @@ def _add_content(digest: Any, source: Any, part: str, format: str) -> None:
         for file in files:
             with open(file, "rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
+
+
+def _add_table(digest: Any, table: pa.Table) -> None:
+    with pa.ipc.new_stream(pa.PythonFile(_HashSink(digest), "w"), table.schema) as writer:
+        # However a table came to its pieces, they say nothing of its content.
+        writer.write_table(table.combine_chunks())
 
 
 def _files(path: Path, part: str, format: str) -> list[Path]:
@@ -225,6 +252,18 @@ class _HashSink:
         pass
 
 
+def _refuse_own_source(folder: Path, sources: list[tuple[Any, str, str]]) -> None:
+    """What is written must not take the place of what it is made of."""
+    for source, part, format in sources:
+        if not isinstance(source, (str, Path)) or not Path(source).expanduser().exists():
+            continue
+        for file in _files(Path(source).expanduser(), part, format):
+            if file.resolve().parent == folder.resolve() and file.name.split(".")[0] in ("interactions", "items"):
+                raise ConfigurationError(
+                    f"{file} would be overwritten or stand beside another: give another output_dir"
+                )
+
+
 def _cache_folder(key: str) -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "llmd4rec_hf" / key[:32]
 
@@ -237,7 +276,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _holds(folder: Path, key: str) -> bool:
-    if _manifest(folder).get("key") != key:
+    if _manifest(folder).get("key") != key or not (folder / "sequences").is_dir():
         return False
     logger.info("%s holds this data already", folder)
     return True
@@ -269,6 +308,7 @@ def _write(
     card: dict[str, Any],
 ) -> None:
     """The manifest goes first and comes last, so a folder that has one is whole."""
+    described = json.dumps(card, indent=2, default=_plain) + "\n"
     (folder / MANIFEST).unlink(missing_ok=True)
     table = to_table(log)
     if "position" in table.column_names:  # `timestamp` only repeats it, and read again it would pass for a clock
@@ -283,7 +323,7 @@ def _write(
     shutil.rmtree(folder / "sequences", ignore_errors=True)
     with _no_progress_bars():
         sequences.save_to_disk(folder / "sequences")
-    (folder / "data_card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    (folder / "data_card.json").write_text(described, encoding="utf-8")
     (folder / "data_card.md").write_text(render(card), encoding="utf-8")
     write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "key": key})
 

@@ -76,7 +76,9 @@ def draw_report(results: dict) -> Figure:
             _draw_distillation(panels["weight"], results, "weight_mean", "Mean distillation weight")
             _draw_distillation(panels["agreement"], results, "agreement", "Agreement with teacher")
             panels["agreement"].set_xlabel("round")
-        figure.suptitle(f"LLMD4Rec on {results['dataset']['name']}", x=0.012, ha="left", size=14, weight="bold")
+        # A name with two dollar signs is no formula.
+        title = f"LLMD4Rec on {results['dataset']['name']}"
+        figure.suptitle(title, x=0.012, ha="left", size=14, weight="bold", parse_math=False)
         figure.supxlabel(
             f"{protocol_line(results)}, seed {results['seed']}", x=0.012, ha="left", size=8.5, color=_FAINT
         )

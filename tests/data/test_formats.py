@@ -78,6 +78,13 @@ def test_text_becomes_a_number_only_where_nothing_is_lost(values, kind):
     assert table["x"].type == kind
 
 
+def test_a_title_may_hold_what_python_ends_lines_at(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text('{"item_id": 1, "title": "a\u2028b"}\n{"item_id": 2, "title": "c\u0085d"}\n')
+    assert detect_format(path).name == "jsonl"
+    assert detect_format(path).read_items(path)["title"].to_pylist() == ["a\u2028b", "c\u0085d"]
+
+
 def test_long_lines_do_not_hide_the_format(tmp_path):
     path = tmp_path / "Beauty.txt"
     path.write_text("1 " + " ".join(map(str, range(50_000))) + "\n2 3\n")

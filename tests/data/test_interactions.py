@@ -161,6 +161,11 @@ class TestOrder:
         assert log["item_id"] == ["a", "b"]
         assert log["timestamp"] == log["position"] == [0, 1]
 
+    def test_a_log_without_a_clock_loaded_again_has_none(self):
+        log = load_interactions(pd.DataFrame({"user_id": [2, 1, 2], "item_id": [5, 6, 4]}))
+        for again in (log, log.to_pandas()):
+            assert load_interactions(again).to_dict() == log.to_dict()
+
     def test_file_order_without_anything(self):
         log = load_interactions(pd.DataFrame({"user_id": [2, 1, 2], "item_id": [5, 6, 4]}))
         assert rows(log) == [(1, 6, 1), (2, 5, 0), (2, 4, 2)]
@@ -175,6 +180,12 @@ class TestOrder:
             ([1.5, 2.0], [1.5, 2.0]),
             ([1.0, 2.0], [1, 2]),
             (["8.5e8", "9e8"], [850000000, 900000000]),
+            ([20150302, 20150303], [1425254400, 1425340800]),
+            (["20150302", "20150303"], [1425254400, 1425340800]),
+            # The second is no date, so both are seconds.
+            ([20150302, 20150332], [20150302, 20150332]),
+            ([1425254400000, 1425254401000], [1425254400, 1425254401]),
+            (["2015-03-02 00:00:10.123456789", "2015-03-02 00:00:11.000000000"], [1425254410.123456, 1425254411.0]),
         ],
     )
     def test_times(self, values, expected):
@@ -231,6 +242,9 @@ class TestBadInput:
             (frame((1, True, 3)), "type bool cannot be an id"),
             (frame((1, (1, 2), 3)), "cannot be an id"),
             (frame(), "holds no interactions"),
+            (frame((1, 2, 0), (1, 3, 1500086400000)), "row 1 holds 0 and row 2 holds 1500086400000.*different units"),
+            (frame((1, 2, "2015-03-02"), (1, 3, "2015-03-02T00:00:10Z")), "some rows name a time zone"),
+            (frame((1, 2, datetime.time(3))), "row 1 holds datetime.time"),
         ],
     )
     def test_table(self, table, message):
@@ -364,8 +378,15 @@ class TestItems:
         assert load_items(table, text_template="{title} for {price}")["text"] == ["Boot for 9", "Tent for 10"]
         with pytest.raises(DataError, match="names 'colour'; the columns are item_id, title, price"):
             load_items(table, text_template="{colour}")
-        with pytest.raises(ConfigurationError, match="text_template"):
-            load_items(table, text_template="{title")
+        for template in ("{title", "a title"):
+            with pytest.raises(ConfigurationError, match="text_template"):
+                load_items(table, text_template=template)
+        with pytest.raises(ConfigurationError, match="max_text_length=0; it must be 1 or more"):
+            load_items(table, max_text_length=0)
+
+    def test_only_gaps_are_closed(self):
+        table = pd.DataFrame({"item_id": [1, 2], "title": ["Bag (-18 °C)", "Bag"], "brand": ["x", ""]})
+        assert load_items(table, text_template="{title} ({brand})")["text"] == ["Bag (-18 °C) (x)", "Bag"]
 
     def test_titles_that_are_numbers_stay_text(self, tmp_path):
         (tmp_path / "items.csv").write_text("item_id,title\n1,1984\n2,300\n")

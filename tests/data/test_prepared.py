@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import datasets
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -21,6 +23,7 @@ from llmd4rec_hf.data import (
     prepare,
     split_leave_one_out,
 )
+from llmd4rec_hf.data.prepared import is_prepared
 from llmd4rec_hf.errors import ConfigurationError, DataError
 
 
@@ -115,6 +118,47 @@ class TestCache:
         assert first.folder.is_relative_to(tmp_path / "cache")
         assert prepare(*files, with_floors=False).folder == first.folder
         assert prepare(*files, with_floors=False, k_user=4).folder != first.folder
+
+    def test_the_source_is_never_written_over(self, files, tmp_path):
+        (tmp_path / "raw").mkdir()
+        log = files[0].rename(tmp_path / "raw" / "interactions.csv")
+        before = log.read_bytes()
+        for source in (log, tmp_path / "raw"):
+            with pytest.raises(ConfigurationError, match="give another output_dir"):
+                prepare(source, output_dir=tmp_path / "raw", with_floors=False)
+        out = prepare(log, output_dir=tmp_path / "out", with_floors=False).folder
+        with pytest.raises(ConfigurationError, match="give another output_dir"):
+            prepare(out, output_dir=out, with_floors=False, max_history=5)
+        assert log.read_bytes() == before
+        assert load_prepared(out).card["prepared"] == {"split": "leave_one_out"}
+
+    def test_a_folder_at_home(self, files, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert prepare(*files, "~/data", with_floors=False).folder == tmp_path / "data"
+        assert is_prepared("~/data") and not is_prepared("~") and not is_prepared(None)
+
+    def test_data_that_was_prepared_anew_is_not_taken_for_the_old(self, demo, tmp_path):
+        """Its vocabulary would be of other items than its sequences."""
+        before = prepare(*demo, tmp_path, with_floors=False)
+        prepare(*demo, tmp_path, with_floors=False, max_history=4)
+        with pytest.raises(DataError, match="prepared again with other options"):
+            before.sequences  # noqa: B018
+        assert load_prepared(tmp_path).card["prepared"]["max_history"] == 4
+
+    def test_options_of_numpy_and_pandas(self, demo, tmp_path):
+        options = {"start_time": pd.Timestamp("1971-01-01"), "k_user": np.int64(2), "with_floors": False}
+        first = prepare(*demo, tmp_path, **options)
+        assert first.card["prepared"]["k_user"] == 2
+        assert first.card["prepared"]["start_time"] == "1971-01-01 00:00:00"
+
+    def test_a_catalogue_with_lists(self, tmp_path):
+        log = pd.DataFrame({"user_id": [1] * 4 + [2] * 4, "item_id": [1, 2, 3, 4] * 2, "timestamp": range(8)})
+        items = pd.DataFrame({"item_id": [1, 2, 3, 4], "title": list("abcd"), "categories": [["x", "y"]] * 4})
+        assert prepare(log, items, tmp_path, with_floors=False).items["title"] == list("abcd")
+
+    def test_sequences_that_are_gone_are_made_anew(self, files, tmp_path):
+        shutil.rmtree(prepare(*files, tmp_path / "out", with_floors=False).folder / "sequences")
+        assert prepare(*files, tmp_path / "out", with_floors=False).sequences["train"]
 
     def test_of_several_at_the_same_time_one_prepares_and_the_others_wait(self, files, tmp_path, monkeypatch):
         read = []

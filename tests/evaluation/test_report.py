@@ -225,6 +225,11 @@ class TestSummaryTable:
 
 
 class TestDrawReport:
+    def test_a_name_with_dollar_signs_is_no_formula(self):
+        found = results()
+        found["dataset"]["name"] = "cost_$1_to_$5"
+        draw_report(found).canvas.draw()
+
     def test_lines_and_bars(self):
         rounds, test, weight, agreement = draw_report(results()).axes
         labels = {line.get_label(): line for line in rounds.lines}

@@ -56,6 +56,34 @@ def test_run_and_qrels_give_the_same_metrics(main, saved_crm, log_file, splits, 
     assert hits / len(true) == pytest.approx(metrics["hr@5"])
 
 
+def test_a_run_gives_the_same_metrics_where_true_items_are_repeats(main, saved_crm, tmp_path):
+    """What ranks let through is not filtered out of the run."""
+    log = tmp_path / "repeats.csv"
+    lines = [f"u{user:02d},i{(user + step % 3) % 12:02d},{step}" for user in range(20) for step in range(5)]
+    log.write_text("\n".join(["user_id,item_id,timestamp", *lines]))
+    run, qrels, metrics = (tmp_path / name for name in ("a.run", "a.qrels", "a.json"))
+    words = ["--model", saved_crm, "--dataset", str(log), "--ks", "4", "--run_depth", "4", "--use_cpu"]
+    main([*words, "--save_run", str(run), "--save_qrels", str(qrels), "--save_metrics", str(metrics)])
+    true = {line.split()[0]: line.split()[2] for line in qrels.read_text().splitlines()}
+    hits = sum(true[user] == item for user, _, item, *_ in map(str.split, run.read_text().splitlines()))
+    assert 0 < hits / len(true) == pytest.approx(json.loads(metrics.read_text())["metrics"]["hr@4"])
+
+
+def test_prepared_data_is_split_as_it_was(main, saved_crm, log_file, tmp_path, capsys):
+    prepare(log_file, output_dir=tmp_path / "data", split="ratio", with_floors=False)
+    words = ["--model", saved_crm, "--dataset", str(tmp_path / "data"), "--use_cpu"]
+    main(words)
+    assert "ratio split" in " ".join(capsys.readouterr().out.split())
+    main([*words, "--split_by", "leave_one_out"])
+    assert "leave_one_out split" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_file_is_not_written_into_nowhere(main, saved_crm, capsys):
+    with pytest.raises(SystemExit):
+        main(["--model", saved_crm, "--save_metrics", "nowhere/out.json"])
+    assert "there is no folder 'nowhere'" in capsys.readouterr().err
+
+
 def test_new_items_can_be_skipped(main, saved_crm, log_file, tmp_path, capsys, fails):
     with open(log_file, "a") as file:
         file.write("u00,new,99\n")

@@ -33,7 +33,7 @@ def test_every_user_of_a_log(main, saved_crm, log_file, tmp_path, ending):
 
 
 def test_only_candidates(main, saved_crm, tmp_path, capsys):
-    (tmp_path / "stock.txt").write_text("i03\ni07\n")
+    (tmp_path / "stock.txt").write_text("\ufeffi03\n\ni07 \n")
     main(["--model", saved_crm, "--history", "i01", "--candidates", str(tmp_path / "stock.txt")])
     printed = capsys.readouterr().out
     assert "i03" in printed and "i07" in printed and "i08" not in printed

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llmd4rec_hf import RecommenderModel
+from llmd4rec_hf.data import prepare
 from llmd4rec_hf.evaluation.results import FLOOR_KEY
 
 
@@ -100,11 +101,16 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     (tmp_path / "good.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"1,{i},{i}\n" for i in range(9)))
     (tmp_path / "bad.yaml").write_text("- 1\n- 2\n")
     good = ["--dataset", str(tmp_path / "good.csv")]
+    prepare(tmp_path / "good.csv", output_dir=tmp_path / "prepared", with_floors=False)
     return {
         "wrong path": (["--dataset", str(tmp_path / "nowhere.csv")], "nowhere.csv"),
         "empty file": (["--dataset", str(tmp_path / "empty.csv")], "empty"),
         "missing column": (["--dataset", str(tmp_path / "columns.csv")], "item_id"),
         "no user with three items": (["--dataset", str(tmp_path / "short.csv")], "3"),
+        "options of prepared data": (
+            ["--dataset", str(tmp_path / "prepared"), "--k_core", "3"],
+            "--k_core would",
+        ),
         "unknown LLM": ([*good, "--llm", str(tmp_path / "no-model")], "no-model"),
         "unknown CRM": ([*good, "--crm", str(tmp_path / "no-model")], "no-model"),
         "item text without titles": ([*good, "--item_text"], "--items"),

@@ -183,9 +183,16 @@ def _utf8(content: bytes) -> str | None:
 
 
 def head_lines(path: Path, count: int = 20) -> list[str]:
-    """The first lines of a text file that are not blank. Lines end as they do for Arrow, old Macs' ways included."""
-    lines = re.split(r"\r\n?|\n", text_head(path))
-    return [line for line in lines if line.strip()][:count]
+    """The first lines of a text file that are not blank."""
+    return full_lines(text_head(path))[:count]
+
+
+def full_lines(text: str) -> list[str]:
+    """
+    The lines that are not blank. They end as they do for Arrow, old Macs' ways included; `str.splitlines` would also
+    cut at characters that may stand in a title.
+    """
+    return [line for line in re.split(r"\r\n?|\n", text) if line.strip()]
 
 
 def first_text_line(path: Path) -> str:

@@ -18,7 +18,7 @@ import pyarrow.json
 
 from ...errors import DataError
 from ..arrow import from_pandas
-from .base import Format, first_line, head, open_binary, text_head
+from .base import Format, first_line, full_lines, head, open_binary, text_head
 
 
 # Some catalogues have lines of a hundred kilobytes; the fields of the first records are taken from this much.
@@ -159,7 +159,7 @@ def _is_json(line: str) -> bool:
 
 
 def _first_record_line(path: Path) -> str:
-    return next((line for line in text_head(path, RECORD_HEAD_BYTES).splitlines() if line.strip()), "")
+    return next(iter(full_lines(text_head(path, RECORD_HEAD_BYTES))), "")
 
 
 def _first_record(path: Path) -> dict[str, Any] | None:
@@ -178,7 +178,7 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def _head_records(path: Path, count: int = 500) -> list[dict[str, Any]]:
-    lines = (line for line in text_head(path, RECORD_HEAD_BYTES).splitlines() if line.strip())
+    lines = full_lines(text_head(path, RECORD_HEAD_BYTES))
     return [record for record, _ in zip(map(_record, lines), range(count), strict=False) if record is not None]
 
 
@@ -253,7 +253,7 @@ def _parse_python(block: str, schema: dict[str, pa.DataType | None], path: Path)
         return _parse_json(pa.BufferReader(_TOKEN.sub(_as_json, block).encode()), schema)
     except (pa.ArrowInvalid, ValueError, SyntaxError, UnicodeEncodeError):
         pass
-    lines = [line for line in block.splitlines() if line.strip()]
+    lines = full_lines(block)
     records = [_record(line) for line in lines]
     if None in records:
         line = lines[records.index(None)]
