@@ -51,7 +51,7 @@ def load_results(run: str) -> dict:
     path = Path(run, "results.json") if Path(run).is_dir() else Path(run)
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        results["final"], results["dataset"]["name"], results["protocol"], results["seed"]
+        results["final"], results["dataset"]["name"], protocol_line(results), results["seed"]
     except OSError as error:
         raise DataError(f"{run}: no results.json here; has the run ended?") from error
     except (ValueError, KeyError, TypeError) as error:

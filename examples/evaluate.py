@@ -25,8 +25,7 @@ from llmd4rec_hf.data import load_prepared, make_demo
 from llmd4rec_hf.data.formats import format_names
 from llmd4rec_hf.data.prepared import SPLITS, is_prepared
 from llmd4rec_hf.errors import DataError
-from llmd4rec_hf.models import Recommendations
-from llmd4rec_hf.models.recommendations import save_qrels
+from llmd4rec_hf.models.recommendations import Recommendations, save_qrels
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--format", default="auto", choices=format_names(), metavar="NAME", help="of the log; found by default")
     add("--columns", nargs="+", type=column_pair, metavar="OURS=THEIRS", help="user_id, item_id, timestamp, ...")
-    add("--split_by", choices=list(SPLITS), help="that of prepared data by default, else leave_one_out")
+    add("--split_by", choices=list(SPLITS), help="that of a prepared folder, else leave_one_out")
     add("--split", default="test", choices=["train", "validation", "test"], help="%(default)s by default")
     add = parser.add_argument_group("how").add_argument
     add("--seen_items", default="mask", choices=["mask", "keep"], help="leave items of the history out of the ranking")
@@ -58,29 +57,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_rows(options: argparse.Namespace, model: RecommenderModel):
-    """The rows of the split, in the model's own internal ids."""
+def load_log(options: argparse.Namespace):
+    """The log, and how it was split for training if nobody said otherwise: another test would hold its targets."""
     source = options.dataset
     if source == "demo":
-        interactions = load_interactions(make_demo(seed=0)[0])
-    elif is_prepared(source):
+        return load_interactions(make_demo(seed=0)[0]), "leave_one_out"
+    if is_prepared(source):
         prepared = load_prepared(source)
-        interactions = prepared.interactions
-        # By another one, what was trained on would be asked for.
-        options.split_by = options.split_by or prepared.card["prepared"]["split"]
-    else:
-        interactions = load_interactions(source, format=options.format, columns=dict(options.columns or []))
+        return prepared.interactions, prepared.card["prepared"]["split"]
+    return load_interactions(source, format=options.format, columns=dict(options.columns or [])), "leave_one_out"
+
+
+def make_rows(options: argparse.Namespace, model: RecommenderModel, interactions, split_by: str):
+    """The rows of the split, in the model's own internal ids."""
     if options.new_items == "skip":
         known = {str(item) for item in model.vocabulary.item_ids}
         interactions = interactions.filter(lambda item: str(item) in known, input_columns="item_id")
-    options.split_by = options.split_by or "leave_one_out"
-    rows = SPLITS[options.split_by](interactions, model.vocabulary)[options.split]
+    rows = SPLITS[split_by](interactions, model.vocabulary)[options.split]
     if len(rows) == 0:
         raise DataError(f"No user has enough interactions for {options.split}.")
     return rows
 
 
-def measure(options: argparse.Namespace, model: RecommenderModel, rows) -> dict[str, float]:
+def measure(options: argparse.Namespace, model: RecommenderModel, rows, ks: tuple[int, ...]) -> dict[str, float]:
     """Metrics by full ranking."""
     from llmd4rec_hf import CRMArguments, CRMTrainer  # slow to import, and --help needs neither
 
@@ -94,7 +93,7 @@ def measure(options: argparse.Namespace, model: RecommenderModel, rows) -> dict[
             report_to="none",
         )
         ranks = CRMTrainer(model, args).predict(rows).predictions
-    return ranking_metrics(ranks, cut_offs(options.ks))
+    return ranking_metrics(ranks, ks)
 
 
 def save_lists(options: argparse.Namespace, model: RecommenderModel, rows) -> None:
@@ -103,19 +102,22 @@ def save_lists(options: argparse.Namespace, model: RecommenderModel, rows) -> No
     if options.save_qrels:
         save_qrels(options.save_qrels, users, [decode(row[-1:])[0] for row in rows["item_ids"]])
     if options.save_run:
-        found_items(options, model, [decode(row) for row in rows["item_ids"]]).save_trec(options.save_run, users)
+        best_lists(options, model, [decode(row) for row in rows["item_ids"]]).save_trec(options.save_run, users)
 
 
-def found_items(options: argparse.Namespace, model: RecommenderModel, rows: list[list]) -> Recommendations:
-    """The best items after each row's history. As in the metrics, a true item that it holds is not left out."""
-    histories, depth = [row[:-1] for row in rows], options.run_depth
-    if options.seen_items == "keep":
-        return model.recommend(histories, depth, filter_seen=False)
-    found = model.recommend(histories, depth + max(map(len, histories)), filter_seen=False)
-    for row, ids, scores in zip(rows, found.ids, found.scores, strict=True):
-        seen = set(row[:-1]) - {row[-1]}
+def best_lists(options: argparse.Namespace, model: RecommenderModel, sequences: list[list]) -> Recommendations:
+    """The best items of every row, by the protocol of the ranks: there a true item stays although it was seen."""
+    depth, histories = options.run_depth, [sequence[:-1] for sequence in sequences]
+    found = model.recommend(histories, depth, filter_seen=options.seen_items == "mask")
+    repeats = [row for row, (*history, target) in enumerate(sequences) if target in history]
+    if options.seen_items == "keep" or not repeats:
+        return found
+    deeper = depth + max(len(histories[row]) for row in repeats)
+    unmasked = model.recommend([histories[row] for row in repeats], deeper, filter_seen=False)
+    for row, ids, scores in zip(repeats, unmasked.ids, unmasked.scores, strict=True):
+        seen = set(histories[row]) - {sequences[row][-1]}
         kept = [place for place, item in enumerate(ids) if item not in seen][:depth]
-        ids[:], scores[:] = [ids[place] for place in kept], [scores[place] for place in kept]
+        found.ids[row], found.scores[row] = [ids[place] for place in kept], [scores[place] for place in kept]
     return found
 
 
@@ -129,14 +131,17 @@ def show(metrics: dict[str, float], title: str, caption: str, console: Console) 
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Load, measure, show, write."""
+    ks = cut_offs(options.ks)
     model = RecommenderModel.from_pretrained(options.model)
     if model.vocabulary is None:
         raise DataError(f"{options.model} has no vocabulary.json, so its internal ids mean nothing.")
-    rows = load_rows(options, model)
-    metrics = measure(options, model, rows)
-    protocol = {"split": options.split_by, "rows": options.split, "number_of_rows": len(rows)}
+    interactions, prepared_by = load_log(options)
+    split_by = options.split_by or prepared_by
+    rows = make_rows(options, model, interactions, split_by)
+    metrics = measure(options, model, rows, ks)
+    protocol = {"split": split_by, "rows": options.split, "number_of_rows": len(rows)}
     protocol |= {"seen_items": "masked" if options.seen_items == "mask" else "kept", "ties": "pessimistic"}
-    caption = f"{len(rows):,} rows against all {len(model.vocabulary):,} items, {options.split_by} split, "
+    caption = f"{len(rows):,} rows against all {len(model.vocabulary):,} items, {split_by} split, "
     caption += f"seen items {protocol['seen_items']}, ties pessimistic"
     show(metrics, f"{Path(options.model).name}, {options.split}", caption, console)
     if options.save_metrics:

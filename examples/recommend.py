@@ -47,12 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--skip_unknown", action="store_true", help="leave out items the model does not know, instead of stopping")
     add("--format", default="auto", choices=format_names(), metavar="NAME", help="of the log; found by default")
     add("--columns", nargs="+", type=column_pair, metavar="OURS=THEIRS", help="user_id, item_id, timestamp")
-    add(
-        "--output",
-        type=output_file,
-        metavar="FILE",
-        help=f"write them all here; by its ending one of {', '.join(WRITERS)}",
-    )
+    endings = ", ".join(WRITERS)
+    add("--output", type=output_file, metavar="FILE", help=f"write them all here; by its ending one of {endings}")
     return parser
 
 
@@ -75,7 +71,9 @@ def find(options: argparse.Namespace, model: RecommenderModel) -> tuple[list, Re
         try:
             lines = Path(options.candidates).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, ValueError) as error:
-            raise DataError(f"Cannot read the candidates in {options.candidates}: {error}.") from error
+            raise DataError(
+                f"Cannot read the candidates in {options.candidates}, a text in UTF-8: {error}."
+            ) from error
         candidates = [line.strip() for line in lines if line.strip()]
     found = model.recommend(
         histories,

@@ -61,6 +61,7 @@ from llmd4rec_hf.mutual_distillation import CRM_TEACHERS, FRESH_STUDENTS  # noqa
 
 
 FLOORS = ("popularity", "item_knn")
+DATA_OPTIONS = ("items", "format", "columns", "item_columns", "text_template", "split", "min_rating", "k_core")
 SIDES = {"crm": CRMArguments, "llm": MutualDistillArguments}
 EXAMPLES = Path(__file__).parent
 DEMO_CONFIG = EXAMPLES / "configs" / "demo.yaml"
@@ -183,7 +184,7 @@ def load_data(options) -> PreparedData:
         source, items = make_demo(seed=0)
     elif is_prepared(source):
         prepared = load_prepared(source)
-        _refuse_data_options(options, prepared)
+        _refuse_data_options(options, prepared.card["prepared"])
         return prepared
     return prepare(
         source,
@@ -199,18 +200,14 @@ def load_data(options) -> PreparedData:
     )
 
 
-def _refuse_data_options(options, prepared: PreparedData) -> None:
-    """Of prepared data they would change nothing."""
-    own = {"split": prepared.card["prepared"]["split"]}
-    given = [
-        name
-        for name in ("items", "format", "columns", "item_columns", "text_template", "split", "min_rating", "k_core")
-        if getattr(options, name) not in (build_parser().get_default(name), own.get(name))
-    ]
+def _refuse_data_options(options, prepared: dict) -> None:
+    """Options of preparing do nothing for a folder that is prepared, unless they are those it was prepared with."""
+    default = build_parser().get_default
+    given = [name for name in DATA_OPTIONS if getattr(options, name) not in (default(name), prepared.get(name))]
     if given:
+        words = ", ".join(f"--{name}" for name in given)
         raise ConfigurationError(
-            f"{options.dataset} is prepared already: --{given[0]} would change nothing. Leave it out, or prepare the "
-            "data anew with it."
+            f"{options.dataset} is prepared already, without {words}: prepare it anew with them, or leave them out."
         )
 
 

@@ -34,9 +34,10 @@ def column_pair(text: str) -> tuple[str, str]:
 
 
 def output_file(text: str) -> str:
-    """A file to write, refused before any work where its folder is not there."""
-    if not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {str(Path(text).parent)!r} to write {text!r} to")
+    """A file to write when all is done. Whether it can be written is asked before."""
+    folder = Path(text).parent
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(folder)!r} to write {text!r} to; make it first")
     return text
 
 

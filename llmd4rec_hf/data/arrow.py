@@ -50,8 +50,8 @@ def as_ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 
     Args:
         column (`pyarrow.ChunkedArray`):
-            Integers of any width, whole-number floats (what pandas makes of integers with gaps), strings, or a
-            dictionary of those.
+            Integers of any width, whole-number floats (what pandas makes of integers with gaps) below 2**53, from
+            where on they are not exact, strings, or a dictionary of those.
         where (`str`):
             Names the column in error messages.
 
@@ -74,7 +74,7 @@ def as_ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
         except pa.ArrowInvalid:  # unsigned hashes above 2**63
             return column.cast(pa.string())
     if pa.types.is_floating(kind):
-        row = first_true(pc.or_(pc.not_equal(pc.floor(column), column), pc.greater_equal(pc.abs(column), 2.0**63)))
+        row = first_true(pc.or_(pc.not_equal(pc.floor(column), column), pc.greater_equal(pc.abs(column), 2.0**53)))
         if row is None:
             return column.cast(pa.int64())
         raise DataError(f"{where}: row {row + 1} holds {column[row].as_py()}; ids must be integers or strings")

@@ -114,60 +114,45 @@ def times(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     if row is not None:
         raise DataError(f"{where}: row {row + 1} has no time; fill it in or drop the row")
     values = _numbers(column, where)
-    row = first_true(pc.or_(pc.less(values, 0), pc.invert(pc.is_finite(values))))
-    if row is not None:
-        raise DataError(f"{where}: row {row + 1} holds {column[row].as_py()}, which is no time; correct or drop it")
+    _refuse_impossible(values, column, where)
     return whole(values)
 
 
 def seconds(values: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     """
-    Times in seconds. Finer units are known by their size: as seconds they would lie after the year 5000. So are dates
-    written as one number, which as seconds would all lie in August 1970.
-
-    Raises:
-        `DataError`: Times of different units in one column.
+    Times in seconds. Finer units are known by their size: as seconds they would lie after the year 5000. Dates written
+    as numbers (20170714) are known by being dates, all of them: as seconds they would lie in August 1970.
     """
-    if len(values) == 0:
-        return values
-    dates = _dates(values)
-    if dates is not None:
-        logger.info("%s: taken for dates, such as 20170714", where)
-        return dates
-    low, high = (pc.min_max(values)[name].as_py() for name in ("min", "max"))
-    unit, parts = _unit(low)
-    if parts != _unit(high)[1]:
-        few, many = (pc.index(values, value).as_py() for value in (low, high))
+    lowest, highest = pc.min_max(values).as_py().values()
+    if pa.types.is_integer(values.type) and 19000101 <= lowest and highest <= 21001231:
+        dates = pc.strptime(values.cast(pa.string()), format="%Y%m%d", unit="s", error_is_null=True).cast(pa.int64())
+        if not dates.null_count:
+            logger.info("%s: numbers that are dates (YYYYMMDD) are turned to seconds", where)
+            _refuse_impossible(dates, values, where)
+            return dates
+    unit, parts = _unit(lowest)
+    if _unit(highest) != (unit, parts):
+        low, high = (first_true(pc.equal(values, value)) + 1 for value in (lowest, highest))
         raise DataError(
-            f"{where}: row {few + 1} holds {low} and row {many + 1} holds {high}, which are times in different units; "
-            "correct or drop the rows that are wrong"
+            f"{where}: row {low} holds {lowest} and row {high} {highest}, which are times of different units, or one "
+            "of them is no time; correct or drop it"
         )
     if parts == 1:
         return values
-    logger.info("%s: times in %s are turned to seconds", where, unit)
+    logger.info("%s: times in %sseconds are turned to seconds", where, unit)
     return whole(pc.divide(values.cast(pa.float64(), safe=False), parts))
 
 
 def _unit(time: float) -> tuple[str, float]:
-    """What a time is counted in, and how many of those make a second."""
-    for unit, least, parts in (("nanoseconds", 1e17, 1e9), ("microseconds", 1e14, 1e6), ("milliseconds", 1e11, 1e3)):
-        if time >= least:
-            return unit, parts
-    return "seconds", 1
+    """The prefix of the seconds that a time is in, and how many of them make a second."""
+    finer = (("nano", 1e17, 1e9), ("micro", 1e14, 1e6), ("milli", 1e11, 1e3))
+    return next(((unit, parts) for unit, least, parts in finer if time >= least), ("", 1))
 
 
-def _dates(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """Seconds of values that are all dates such as 20170714; `None` if one is not."""
-    if not pa.types.is_integer(values.type):
-        return None
-    extremes = pc.min_max(values)
-    if extremes["min"].as_py() < 19000101 or extremes["max"].as_py() > 21001231:
-        return None
-    dates = pc.strptime(values.cast(pa.string()), format="%Y%m%d", unit="s", error_is_null=True)
-    seconds = dates.cast(pa.int64())
-    # Months and days beyond the calendar's are carried over or refused, by system.
-    same = pc.equal(pc.strftime(dates, format="%Y%m%d").cast(pa.int64()), values)
-    return seconds if dates.null_count == 0 and pc.all(same).as_py() and pc.min(seconds).as_py() >= 0 else None
+def _refuse_impossible(values: pa.ChunkedArray, column: pa.ChunkedArray, where: str) -> None:
+    row = first_true(pc.or_(pc.less(values, 0), pc.invert(pc.is_finite(values))))
+    if row is not None:
+        raise DataError(f"{where}: row {row + 1} holds {column[row].as_py()}, which is no time; correct or drop it")
 
 
 def whole(values: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -197,25 +182,25 @@ def _numbers(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         microseconds = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
         return pc.divide(microseconds.cast(pa.float64()), 1e6)
-    # Nanoseconds last: they reach to the year 2262 alone.
+    if pa.types.is_temporal(kind) or pa.types.is_nested(kind):
+        raise DataError(f"{where}: type {kind} is no moment; give seconds or dates")
     for target in (pa.float64(), *(pa.timestamp(unit, zone) for unit in ("us", "ns") for zone in (None, "UTC"))):
         try:
             parsed = column.cast(target)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             continue
         return parsed if target == pa.float64() else _numbers(parsed, where)
-    raise DataError(f"{where}: {_first_unparsed(column)}")
+    raise DataError(f"{where}: {_why_unparsed(column)}")
 
 
-def _first_unparsed(column: pa.ChunkedArray) -> str:
-    """What is wrong with a column that is neither numbers nor dates."""
+def _why_unparsed(column: pa.ChunkedArray) -> str:
     values = pd.Series(column.to_pandas())
     bad = pd.to_numeric(values, errors="coerce").isna()
     if bad.all():  # dates, then
         bad = pd.to_datetime(values, errors="coerce", format="ISO8601", utc=True).isna()
     row = first_true(bad.to_numpy())
     if row is None:
-        return "some rows name a time zone and others do not; write all times in one way"
+        return "some dates name a time zone and others do not; write them all in one way"
     return (
         f"row {row + 1} holds {values[row]!r}, which is neither a number nor an ISO date; correct it or drop the row"
     )

@@ -159,7 +159,7 @@ def _order_columns(table: pa.Table, names: dict[str, str], where: str) -> dict[s
 
 
 def _repeats_position(table: pa.Table, names: dict[str, str]) -> bool:
-    """As in what [`load_interactions`] makes of a log without a clock: loaded again, it still has none."""
+    """Whether the times are those that [`load_interactions`] gives to a log without a clock."""
     return "position" in names and table[names["timestamp"]].equals(table[names["position"]])
 
 

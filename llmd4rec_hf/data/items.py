@@ -83,10 +83,10 @@ def load_items(
     Raises:
         `DataError`: The source is missing or not understood, an item occurs twice, or the template names no column.
     """
-    if max_text_length < 1:
-        raise ConfigurationError(f"max_text_length={max_text_length}; it must be 1 or more")
     if duplicates not in ("refuse", "first"):
         raise ConfigurationError(f"duplicates={duplicates!r}; choose 'refuse' or 'first'")
+    if max_text_length < 1:
+        raise ConfigurationError(f"max_text_length={max_text_length}; a text needs at least one character")
     opened = open_source(source, "items", format=format, columns=columns, revision=revision, token=token)
     if opened is None:
         return None
@@ -131,8 +131,12 @@ def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
         lists = pa.concat_arrays(lists.chunks) if isinstance(lists, pa.ChunkedArray) else lists
         # A list of lists is a list of paths, as in the categories of 2014.
         inner = pa.types.is_list(lists.type.value_type)
-        values = _as_text(pa.chunked_array([lists.values])).combine_chunks()
-        texts = pa.ListArray.from_arrays(lists.offsets.cast(pa.int32()), values.cast(pa.string()))
+        values = _as_text(pa.chunked_array([lists.flatten()])).combine_chunks()
+        # Without what is missing inside a list: joined with it, nothing of the list would be left.
+        there = values.is_valid()
+        lengths = np.bincount(pc.list_parent_indices(lists).filter(there), minlength=len(lists))
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+        texts = pa.ListArray.from_arrays(offsets, values.filter(there).cast(pa.string()))
         joined = pc.binary_join(texts, "; " if inner else ", ")
         return pa.chunked_array([pc.if_else(lists.is_null(), None, joined)])
     if pa.types.is_struct(column.type):
@@ -177,17 +181,16 @@ def _fill_template(
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ConfigurationError(f"text_template {template!r}: {error}") from error
-    if all(field is None for _, field, _, _ in pieces):
-        raise ConfigurationError(f"text_template {template!r} names no field, such as {{title}}")
     parts: list[Any] = []
-    has_gap = pa.chunked_array([np.zeros(catalogue.num_rows, bool)])
+    has_gap = pa.scalar(False)
     for literal, field, _, _ in pieces:
         parts.append(literal)
         if field is not None:
             parts.append(clean_text(_field(catalogue, field, where, hints)))
             has_gap = pc.or_(has_gap, pc.equal(parts[-1], ""))
+    if len(parts) == len(pieces):
+        raise ConfigurationError(f"text_template {template!r} names no field, so all items would be called the same")
     text = clean_text(pa.chunked_array([pc.binary_join_element_wise(*parts, "").combine_chunks()]))
-    # Elsewhere brackets and dashes are the item's own.
     return text if template == "{title}" else pc.if_else(has_gap, _without_gaps(text), text)
 
 

@@ -40,55 +40,58 @@ MANIFEST = "prepared.json"
 LOCK_NAME = ".lock"
 # Raised whenever the same source and options give another folder.
 FORMAT_VERSION = 1
+REMEDY = "Free some space, or give another output_dir."
 
 
 @dataclass(frozen=True)
 class PreparedData:
     """
-    A prepared folder. Nothing is read before it is asked for, and the sequences are only mapped into memory.
+    A prepared folder. Nothing is read before it is asked for, and the sequences are only mapped into memory. What is
+    asked for after the folder was prepared with other data or options is a `DataError`.
 
     Args:
         folder (`Path`):
             Holds `interactions.parquet`, `items.parquet` (if there is a catalogue), `vocabulary.json`, `sequences/`,
             `data_card.json`, `data_card.md` and `prepared.json`.
+        key (`str`):
+            The hash of sources and options that the folder was opened with.
     """
 
     folder: Path
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_key", _manifest(self.folder).get("key"))
-
-    def _file(self, name: str) -> Path:
-        """Of this preparation, and not of a later one with other options: ids would mean other items."""
-        if _manifest(self.folder).get("key") != self._key:
-            raise DataError(f"{self.folder} has been prepared again with other options: load it again")
-        return self.folder / name
+    key: str
 
     @cached_property
     def interactions(self) -> datasets.Dataset:
         """The filtered log."""
-        return load_interactions(self._file("interactions.parquet"))
+        return load_interactions(self._folder() / "interactions.parquet")
 
     @cached_property
     def items(self) -> datasets.Dataset | None:
         """The catalogue, if there is one."""
-        file = self._file("items.parquet")
+        file = self._folder() / "items.parquet"
         return load_items(file) if file.exists() else None
 
     @cached_property
     def vocabulary(self) -> ItemVocabulary:
         """The items of the log."""
-        return ItemVocabulary.from_pretrained(self._file("vocabulary.json").parent)
+        return ItemVocabulary.from_pretrained(self._folder())
 
     @cached_property
     def sequences(self) -> datasets.DatasetDict:
         """`train`, `validation` and `test`, memory-mapped."""
-        return datasets.load_from_disk(str(self._file("sequences")))
+        return datasets.load_from_disk(str(self._folder() / "sequences"))
 
     @cached_property
     def card(self) -> dict[str, Any]:
         """What [`data_card`] returned."""
-        return json.loads(self._file("data_card.json").read_text(encoding="utf-8"))
+        return json.loads((self._folder() / "data_card.json").read_text(encoding="utf-8"))
+
+    def _folder(self) -> Path:
+        if _manifest(self.folder).get("key") != self.key:
+            raise DataError(
+                f"{self.folder}: prepared again with other data or options since; open it with load_prepared"
+            )
+        return self.folder
 
 
 def prepare(
@@ -112,9 +115,8 @@ def prepare(
     """
     Loads a log and its catalogue, filters, splits and describes them, and keeps the result on disk.
 
-    The folder remembers a hash of the sources' content (of a Hub dataset its name and revision) and of the options:
-    asked for the same again, it is returned as it is. Of several processes that ask at the same time, one prepares it
-    and the others wait.
+    The folder remembers a hash of the sources' content and of the options: asked for the same again, it is returned as
+    it is. Of several processes that ask at the same time, one prepares it and the others wait.
 
     Args:
         source (`str`, `Path`, `pandas.DataFrame` or `datasets.Dataset`):
@@ -136,7 +138,9 @@ def prepare(
         [`PreparedData`]
 
     Raises:
-        `DataError`, `ConfigurationError`: What the functions named above raise.
+        `DataError`, `ConfigurationError`: What the functions named above raise; or the folder holds a source whose
+            place the result would take.
+        `StorageError`: The folder cannot be written to.
     """
     if split not in SPLITS:
         raise ConfigurationError(f"split={split!r}; choose one of {', '.join(SPLITS)}")
@@ -151,13 +155,13 @@ def prepare(
         item_options["format"] = format
     key = _key([source, items], [log_options, item_options, split, with_floors, filters])
     folder = Path(output_dir).expanduser() if output_dir is not None else _cache_folder(key)
-    _refuse_own_source(folder, [(source, "interactions", format), (items, "items", item_options["format"])])
     if _holds(folder, key):
-        return PreparedData(folder)
-    remedy = "Make room or give another output_dir."
-    with storage_errors_named(folder, remedy), _to_itself(folder):
+        return PreparedData(folder, key)
+    sources = _files(source, "interactions", format) + _files(items, "items", item_options["format"])
+    _refuse_to_overwrite(sources, folder)
+    with _to_itself(folder):
         if _holds(folder, key):  # since the process that had it until now was at the same
-            return PreparedData(folder)
+            return PreparedData(folder, key)
         log = filter_interactions(load_interactions(source, **log_options), **filters)
         catalogue = None if items is None else load_items(items, **item_options)
         vocabulary = ItemVocabulary.from_interactions(log, catalogue)
@@ -167,13 +171,14 @@ def prepare(
                 raise DataError(f"no user has enough interactions for {name}; filter less or split otherwise")
         card = data_card(log, sequences, vocabulary, with_floors=with_floors)
         card["prepared"] = {"split": split, **{name: value for name, value in filters.items() if value is not None}}
-        _write(folder, key, log, catalogue, vocabulary, sequences, card)
-    return PreparedData(folder)
+        with storage_errors_named(folder, REMEDY):
+            _write(folder, key, log, catalogue, vocabulary, sequences, card)
+    return PreparedData(folder, key)
 
 
-def is_prepared(source: Any) -> bool:
+def is_prepared(source: str | Path) -> bool:
     """Whether `source` is a folder that [`prepare`] wrote."""
-    return isinstance(source, (str, Path)) and bool(_manifest(Path(source).expanduser()))
+    return (Path(source).expanduser() / MANIFEST).is_file()
 
 
 def load_prepared(folder: str | Path) -> PreparedData:
@@ -184,14 +189,10 @@ def load_prepared(folder: str | Path) -> PreparedData:
         `DataError`: It is not there or not complete.
     """
     folder = Path(folder).expanduser()
-    if not _manifest(folder):
+    key = _manifest(folder).get("key")
+    if key is None:
         raise DataError(f"{folder}: no complete prepared data here ({MANIFEST} is missing); prepare it again")
-    return PreparedData(folder)
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, anything else that JSON does not know (a time) as text."""
-    return value.item() if isinstance(value, np.generic) else str(value)
+    return PreparedData(folder, key)
 
 
 def _key(sources: list[Any], options: Any) -> str:
@@ -203,34 +204,49 @@ def _key(sources: list[Any], options: Any) -> str:
     return digest.hexdigest()
 
 
+def _plain(value: Any) -> Any:
+    """For JSON: NumPy's numbers as Python's, and what else it does not know, such as dates, as text."""
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
 def _add_content(digest: Any, source: Any, part: str, format: str) -> None:
     """Files go by their bytes, tables by their values, and a Hub dataset by its name and revision."""
-    if isinstance(source, pd.DataFrame):
-        _add_table(digest, from_pandas(source))
-    elif isinstance(source, datasets.Dataset):
-        _add_table(digest, to_table(source).cast(source.features.arrow_schema))
+    if isinstance(source, (pd.DataFrame, datasets.Dataset)):
+        table = from_pandas(source) if isinstance(source, pd.DataFrame) else to_table(source)
+        table = table.replace_schema_metadata(None).combine_chunks()
+        with pa.ipc.new_stream(pa.PythonFile(_HashSink(digest), "w"), table.schema) as writer:
+            writer.write_table(table)
     else:
-        path = Path(source).expanduser()
-        files = _files(path, part, format) if path.exists() else []
+        files = _files(source, part, format)
         digest.update(b"" if files else str(source).encode())
         for file in files:
             with open(file, "rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
 
 
-def _add_table(digest: Any, table: pa.Table) -> None:
-    with pa.ipc.new_stream(pa.PythonFile(_HashSink(digest), "w"), table.schema) as writer:
-        # However a table came to its pieces, they say nothing of its content.
-        writer.write_table(table.combine_chunks())
-
-
-def _files(path: Path, part: str, format: str) -> list[Path]:
+def _files(source: Any, part: str, format: str) -> list[Path]:
+    """What of a source lies on disk: nothing of a table in memory or of a Hub dataset."""
+    if not isinstance(source, (str, Path)):
+        return []
+    path = Path(source).expanduser()
+    if not path.exists():
+        return []
     if path.is_file():
         return [path]
     located = detect_format(path, format).locate(path, part)
     if located is None:
         return []
     return [located[1]] if located[1].is_file() else sorted(file for file in located[1].iterdir() if file.is_file())
+
+
+def _refuse_to_overwrite(files: list[Path], folder: Path) -> None:
+    """A source that goes by a name of the prepared files would be lost, or be a second log beside them."""
+    for file in files:
+        if file.parent.resolve() == folder.resolve() and file.name.split(".")[0] in ("interactions", "items"):
+            raise ConfigurationError(
+                f"output_dir {folder} holds the source {file.name}, whose place the prepared data would take; "
+                "give another output_dir"
+            )
 
 
 class _HashSink:
@@ -250,18 +266,6 @@ class _HashSink:
 
     def close(self) -> None:
         pass
-
-
-def _refuse_own_source(folder: Path, sources: list[tuple[Any, str, str]]) -> None:
-    """What is written must not take the place of what it is made of."""
-    for source, part, format in sources:
-        if not isinstance(source, (str, Path)) or not Path(source).expanduser().exists():
-            continue
-        for file in _files(Path(source).expanduser(), part, format):
-            if file.resolve().parent == folder.resolve() and file.name.split(".")[0] in ("interactions", "items"):
-                raise ConfigurationError(
-                    f"{file} would be overwritten or stand beside another: give another output_dir"
-                )
 
 
 def _cache_folder(key: str) -> Path:
@@ -285,13 +289,14 @@ def _holds(folder: Path, key: str) -> bool:
 @contextmanager
 def _to_itself(folder: Path) -> Iterator[None]:
     """Several processes of a run, or runs that begin together, write one after the other. The system ends the lock."""
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK_NAME)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("%s is being prepared by another process, which is waited for", folder)
-        lock.acquire()
+    with storage_errors_named(folder, REMEDY):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("%s is being prepared by another process, which is waited for", folder)
+            lock.acquire()
     try:
         yield
     finally:
@@ -308,7 +313,7 @@ def _write(
     card: dict[str, Any],
 ) -> None:
     """The manifest goes first and comes last, so a folder that has one is whole."""
-    described = json.dumps(card, indent=2, default=_plain) + "\n"
+    described = json.dumps(card, indent=2, default=_plain) + "\n"  # before anything that is there is lost
     (folder / MANIFEST).unlink(missing_ok=True)
     table = to_table(log)
     if "position" in table.column_names:  # `timestamp` only repeats it, and read again it would pass for a clock

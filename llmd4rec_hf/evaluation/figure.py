@@ -76,9 +76,10 @@ def draw_report(results: dict) -> Figure:
             _draw_distillation(panels["weight"], results, "weight_mean", "Mean distillation weight")
             _draw_distillation(panels["agreement"], results, "agreement", "Agreement with teacher")
             panels["agreement"].set_xlabel("round")
-        # A name with two dollar signs is no formula.
-        title = f"LLMD4Rec on {results['dataset']['name']}"
-        figure.suptitle(title, x=0.012, ha="left", size=14, weight="bold", parse_math=False)
+        title = figure.suptitle(
+            f"LLMD4Rec on {results['dataset']['name']}", x=0.012, ha="left", size=14, weight="bold"
+        )
+        title.set_parse_math(False)  # two dollars in a name are no formula
         figure.supxlabel(
             f"{protocol_line(results)}, seed {results['seed']}", x=0.012, ha="left", size=8.5, color=_FAINT
         )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import time
@@ -24,7 +25,7 @@ from llmd4rec_hf.data import (
     split_leave_one_out,
 )
 from llmd4rec_hf.data.prepared import is_prepared
-from llmd4rec_hf.errors import ConfigurationError, DataError
+from llmd4rec_hf.errors import ConfigurationError, DataError, StorageError
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +106,57 @@ class TestCache:
             assert json.loads((out / "prepared.json").read_text()) != before
 
     def test_tables_go_by_their_values(self, demo, tmp_path):
-        frame = demo[0].to_pandas()
-        keys = set()
-        for source in (frame, frame.copy(), demo[0], demo[0].select(range(len(frame))), frame.iloc[:-1]):
-            prepare(source, output_dir=tmp_path, with_floors=False)
-            keys.add(json.loads((tmp_path / "prepared.json").read_text())["key"])
-        assert len(keys) == 3  # frames, data sets, and the one that lacks a row
+        dataset = datasets.Dataset.from_pandas(demo[0].to_pandas())
+        frame = dataset.to_pandas()
+        sources = (frame, frame.copy(), dataset, dataset.select(range(len(frame))), frame.iloc[:-1])
+        keys = [prepare(source, output_dir=tmp_path, with_floors=False).key for source in sources]
+        assert len(set(keys[:-1])) == 1
+        assert keys[-1] != keys[0]
+
+    def test_a_catalogue_with_lists(self, demo, tmp_path):
+        items = demo[1].to_pandas()[["item_id", "title"]].assign(categories=[["a", "b"]] * len(demo[1]))
+        prepared = prepare(demo[0], items, tmp_path, text_template="{categories}", with_floors=False)
+        assert set(prepared.vocabulary.texts) == {"a, b"}
+
+    def test_options_of_numpy_and_pandas(self, demo, tmp_path):
+        moment = pd.Timestamp(min(demo[0]["timestamp"]), unit="s")
+        prepared = prepare(demo[0], output_dir=tmp_path, with_floors=False, k_user=np.int64(2), start_time=moment)
+        assert prepared.card["prepared"] == {"split": "leave_one_out", "k_user": 2, "start_time": str(moment)}
+        same = prepare(demo[0], output_dir=tmp_path, with_floors=False, k_user=2, start_time=moment)
+        assert same.key == prepared.key
+
+    def test_what_cannot_be_described_leaves_the_folder_as_it_was(self, demo, tmp_path, monkeypatch):
+        before = prepare(*demo, tmp_path, with_floors=False).key
+        monkeypatch.setattr("llmd4rec_hf.data.prepared.data_card", lambda *_, **__: {(): "no key of JSON"})
+        with pytest.raises(TypeError):
+            prepare(*demo, tmp_path, with_floors=False, k_user=2)
+        assert load_prepared(tmp_path).key == before
+
+    def test_data_of_a_folder_that_was_prepared_again_is_not_taken_for_the_old(self, demo, tmp_path):
+        old = prepare(*demo, tmp_path, with_floors=False)
+        vocabulary = old.vocabulary
+        new = prepare(*demo, tmp_path, with_floors=False, split="ratio")
+        for name in ("interactions", "items", "sequences", "card"):
+            with pytest.raises(DataError, match="prepared again with other data or options since"):
+                getattr(old, name)
+        assert old.vocabulary is vocabulary
+        assert new.card["prepared"]["split"] == load_prepared(tmp_path).card["prepared"]["split"] == "ratio"
+
+    def test_a_folder_without_its_sequences_is_prepared_again(self, demo, tmp_path):
+        shutil.rmtree(prepare(*demo, tmp_path, with_floors=False).folder / "sequences")
+        assert len(prepare(*demo, tmp_path, with_floors=False).sequences["test"])
+
+    def test_a_place_that_cannot_be_written_to(self, demo, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(StorageError, match="file/out .*give another output_dir"):
+            prepare(*demo, tmp_path / "file" / "out")
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("llmd4rec_hf.data.prepared.pa.parquet.write_table", full)
+        with pytest.raises(StorageError, match="No space left"):
+            prepare(*demo, tmp_path / "out", with_floors=False)
 
     def test_without_a_folder_it_goes_to_the_cache_of_datasets(self, files, tmp_path, monkeypatch):
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -118,47 +164,6 @@ class TestCache:
         assert first.folder.is_relative_to(tmp_path / "cache")
         assert prepare(*files, with_floors=False).folder == first.folder
         assert prepare(*files, with_floors=False, k_user=4).folder != first.folder
-
-    def test_the_source_is_never_written_over(self, files, tmp_path):
-        (tmp_path / "raw").mkdir()
-        log = files[0].rename(tmp_path / "raw" / "interactions.csv")
-        before = log.read_bytes()
-        for source in (log, tmp_path / "raw"):
-            with pytest.raises(ConfigurationError, match="give another output_dir"):
-                prepare(source, output_dir=tmp_path / "raw", with_floors=False)
-        out = prepare(log, output_dir=tmp_path / "out", with_floors=False).folder
-        with pytest.raises(ConfigurationError, match="give another output_dir"):
-            prepare(out, output_dir=out, with_floors=False, max_history=5)
-        assert log.read_bytes() == before
-        assert load_prepared(out).card["prepared"] == {"split": "leave_one_out"}
-
-    def test_a_folder_at_home(self, files, tmp_path, monkeypatch):
-        monkeypatch.setenv("HOME", str(tmp_path))
-        assert prepare(*files, "~/data", with_floors=False).folder == tmp_path / "data"
-        assert is_prepared("~/data") and not is_prepared("~") and not is_prepared(None)
-
-    def test_data_that_was_prepared_anew_is_not_taken_for_the_old(self, demo, tmp_path):
-        """Its vocabulary would be of other items than its sequences."""
-        before = prepare(*demo, tmp_path, with_floors=False)
-        prepare(*demo, tmp_path, with_floors=False, max_history=4)
-        with pytest.raises(DataError, match="prepared again with other options"):
-            before.sequences  # noqa: B018
-        assert load_prepared(tmp_path).card["prepared"]["max_history"] == 4
-
-    def test_options_of_numpy_and_pandas(self, demo, tmp_path):
-        options = {"start_time": pd.Timestamp("1971-01-01"), "k_user": np.int64(2), "with_floors": False}
-        first = prepare(*demo, tmp_path, **options)
-        assert first.card["prepared"]["k_user"] == 2
-        assert first.card["prepared"]["start_time"] == "1971-01-01 00:00:00"
-
-    def test_a_catalogue_with_lists(self, tmp_path):
-        log = pd.DataFrame({"user_id": [1] * 4 + [2] * 4, "item_id": [1, 2, 3, 4] * 2, "timestamp": range(8)})
-        items = pd.DataFrame({"item_id": [1, 2, 3, 4], "title": list("abcd"), "categories": [["x", "y"]] * 4})
-        assert prepare(log, items, tmp_path, with_floors=False).items["title"] == list("abcd")
-
-    def test_sequences_that_are_gone_are_made_anew(self, files, tmp_path):
-        shutil.rmtree(prepare(*files, tmp_path / "out", with_floors=False).folder / "sequences")
-        assert prepare(*files, tmp_path / "out", with_floors=False).sequences["train"]
 
     def test_of_several_at_the_same_time_one_prepares_and_the_others_wait(self, files, tmp_path, monkeypatch):
         read = []
@@ -187,6 +192,38 @@ class TestCache:
         monkeypatch.undo()
         prepare(*demo, tmp_path, with_floors=False)
         assert load_prepared(tmp_path).items is not None
+
+
+class TestSourcesBesideTheResult:
+    @pytest.mark.parametrize("name", ["interactions.parquet", "interactions.csv"])
+    def test_a_log_whose_place_the_result_would_take_is_left_as_it_is(self, demo, tmp_path, name):
+        frame = demo[0].to_pandas()
+        frame.to_parquet(tmp_path / name) if name.endswith("parquet") else frame.to_csv(tmp_path / name, index=False)
+        before = (tmp_path / name).read_bytes()
+        for source in (tmp_path, tmp_path / name):
+            with pytest.raises(ConfigurationError, match=f"holds the source {name}.*give another output_dir"):
+                prepare(source, output_dir=tmp_path / "." / "", k_user=5)
+        assert (tmp_path / name).read_bytes() == before
+        assert {path.name for path in tmp_path.iterdir()} == {name}
+
+    def test_nor_is_a_catalogue(self, files, tmp_path):
+        items = files[1].rename(tmp_path / "items.jsonl")
+        with pytest.raises(ConfigurationError, match="holds the source items.jsonl"):
+            prepare(files[0], items, tmp_path)
+
+    def test_other_names_may_lie_there(self, files, tmp_path):
+        prepare(*files, tmp_path, with_floors=False)
+        assert files[0].exists() and files[1].exists()
+
+
+def test_the_home_folder_in_a_path(demo, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert not is_prepared("~/out")
+    prepared = prepare(*demo, "~/out", with_floors=False)
+    assert prepared.folder == tmp_path / "out"
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert is_prepared("~/out")
 
 
 def test_too_little_to_train_on(tmp_path):

@@ -64,3 +64,7 @@ def test_errors_are_one_line(main, make_run, tmp_path, fails):
     fails(main, [run, "--metric", "auc"], "No run has measured 'auc'; there are hr@10, mrr@10, ndcg@10")
     fails(main, [str(tmp_path)], "no results.json here")
     fails(main, [str(tmp_path / "bad.json")], "is not what a run writes")
+    (tmp_path / "old.json").write_text(
+        '{"final": {}, "dataset": {"name": "x", "items": 1}, "protocol": {}, "seed": 0}'
+    )
+    fails(main, [str(tmp_path / "old.json")], "is not what a run writes (KeyError: 'ranking')")

@@ -56,32 +56,36 @@ def test_run_and_qrels_give_the_same_metrics(main, saved_crm, log_file, splits, 
     assert hits / len(true) == pytest.approx(metrics["hr@5"])
 
 
-def test_a_run_gives_the_same_metrics_where_true_items_are_repeats(main, saved_crm, tmp_path):
-    """What ranks let through is not filtered out of the run."""
+def test_a_masked_run_holds_a_true_item_that_was_seen(main, saved_crm, tmp_path):
+    """As the ranks do: they let the true item through."""
     log = tmp_path / "repeats.csv"
-    lines = [f"u{user:02d},i{(user + step % 3) % 12:02d},{step}" for user in range(20) for step in range(5)]
+    walks = {"a": [1, 2, 3, 1], "b": [4, 5, 4, 4], "c": [6, 7, 8, 9]}
+    lines = [f"{user},i{item:02d},{time}" for user, items in walks.items() for time, item in enumerate(items)]
     log.write_text("\n".join(["user_id,item_id,timestamp", *lines]))
-    run, qrels, metrics = (tmp_path / name for name in ("a.run", "a.qrels", "a.json"))
-    words = ["--model", saved_crm, "--dataset", str(log), "--ks", "4", "--run_depth", "4", "--use_cpu"]
-    main([*words, "--save_run", str(run), "--save_qrels", str(qrels), "--save_metrics", str(metrics)])
-    true = {line.split()[0]: line.split()[2] for line in qrels.read_text().splitlines()}
-    hits = sum(true[user] == item for user, _, item, *_ in map(str.split, run.read_text().splitlines()))
-    assert 0 < hits / len(true) == pytest.approx(json.loads(metrics.read_text())["metrics"]["hr@4"])
+    names = {name: str(tmp_path / name) for name in ("metrics", "run", "qrels")}
+    words = ["--model", saved_crm, "--dataset", str(log), "--ks", "9", "--run_depth", "9", "--use_cpu"]
+    main(words + [word for name, path in names.items() for word in (f"--save_{name}", path)])
+    true = dict(line.split()[::2] for line in (tmp_path / "qrels").read_text().splitlines())
+    run = [line.split() for line in (tmp_path / "run").read_text().splitlines()]
+    ranks = [int(rank) for user, _, item, rank, *_ in run if true[user] == item]
+    found = json.loads((tmp_path / "metrics").read_text())["metrics"]
+    assert found["mrr@9"] == pytest.approx(sum(1 / rank for rank in ranks) / 3)
+    assert found["hr@9"] == len(ranks) / 3
+    assert len(ranks) >= 2
+    seen = {"a": {"i02", "i03"}, "b": {"i05"}, "c": {"i06", "i07", "i08"}}
+    assert not [item for user, _, item, *_ in run if item in seen[user]]
+    assert {sum(line[0] == user for line in run) for user in walks} == {9}
 
 
-def test_prepared_data_is_split_as_it_was(main, saved_crm, log_file, tmp_path, capsys):
-    prepare(log_file, output_dir=tmp_path / "data", split="ratio", with_floors=False)
-    words = ["--model", saved_crm, "--dataset", str(tmp_path / "data"), "--use_cpu"]
+def test_a_prepared_folder_is_split_as_it_was(main, saved_crm, log_file, tmp_path, capsys):
+    folder = tmp_path / "data"
+    prepare(log_file, output_dir=folder, split="ratio", with_floors=False)
+    words = ["--model", saved_crm, "--dataset", str(folder), "--use_cpu", "--save_metrics", str(tmp_path / "out.json")]
     main(words)
+    assert json.loads((tmp_path / "out.json").read_text())["protocol"]["split"] == "ratio"
     assert "ratio split" in " ".join(capsys.readouterr().out.split())
     main([*words, "--split_by", "leave_one_out"])
-    assert "leave_one_out split" in " ".join(capsys.readouterr().out.split())
-
-
-def test_a_file_is_not_written_into_nowhere(main, saved_crm, capsys):
-    with pytest.raises(SystemExit):
-        main(["--model", saved_crm, "--save_metrics", "nowhere/out.json"])
-    assert "there is no folder 'nowhere'" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out.json").read_text())["protocol"]["split"] == "leave_one_out"
 
 
 def test_new_items_can_be_skipped(main, saved_crm, log_file, tmp_path, capsys, fails):
@@ -92,13 +96,20 @@ def test_new_items_can_be_skipped(main, saved_crm, log_file, tmp_path, capsys, f
     assert "40 rows" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("option", ["--save_metrics", "--save_run", "--save_qrels"])
+def test_a_place_for_the_output_that_is_not_there(main, option, capsys):
+    with pytest.raises(SystemExit):
+        main(["--model", "any", option, "no/folder/out"])
+    assert f"argument {option}: there is no folder 'no/folder'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--model", "nowhere-at-all"], "Cannot load a recommender from 'nowhere-at-all'"),
         (["--model", "{crm}", "--dataset", "nowhere.csv"], "nowhere.csv: no such file"),
-        (["--model", "{crm}", "--dataset", "{log}", "--ks", "5;10"], "parted by commas"),
-        (["--model", "{crm}", "--dataset", "{log}", "--ks", "0"], "at least 1"),
+        (["--model", "not read before", "--ks", "5;10"], "parted by commas"),
+        (["--model", "not read before", "--ks", "0"], "at least 1"),
     ],
 )
 def test_errors_are_one_line(main, saved_crm, log_file, fails, words, message):

@@ -64,8 +64,10 @@ def test_filters_reach_the_log(script, log_file, tmp_path):
 
 
 def test_the_demo(script, tmp_path, capsys):
-    script.main(["--dataset", "demo", "--k_core", "5", "--output_dir", str(tmp_path)])
-    assert "12,511" in capsys.readouterr().out
+    script.main(["--dataset", "demo", "--k_core", "5", "--output_dir", str(tmp_path / "[new]")])
+    printed = "".join(capsys.readouterr().out.split())
+    assert "12,511" in printed
+    assert printed.endswith(f"train.py--dataset{tmp_path}/[new]")
 
 
 @pytest.mark.parametrize(

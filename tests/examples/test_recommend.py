@@ -33,7 +33,7 @@ def test_every_user_of_a_log(main, saved_crm, log_file, tmp_path, ending):
 
 
 def test_only_candidates(main, saved_crm, tmp_path, capsys):
-    (tmp_path / "stock.txt").write_text("\ufeffi03\n\ni07 \n")
+    (tmp_path / "stock.txt").write_text("i03\ni07\n")
     main(["--model", saved_crm, "--history", "i01", "--candidates", str(tmp_path / "stock.txt")])
     printed = capsys.readouterr().out
     assert "i03" in printed and "i07" in printed and "i08" not in printed
@@ -50,6 +50,20 @@ def test_unknown_items_can_be_skipped(main, saved_crm, capsys, fails):
     fails(main, ["--model", saved_crm, "--history", "i01", "[x]"], "first '[x]'")
     main(["--model", saved_crm, "--history", "i01", "[x]", "--skip_unknown"])
     assert "i01 [x]" in capsys.readouterr().out
+
+
+def test_candidates_with_spaces_in_their_ids(main, saved_crm, tmp_path, fails):
+    (tmp_path / "stock.txt").write_text("i03\n\n i 07 \n")
+    words = ["--model", saved_crm, "--history", "i01", "--candidates", str(tmp_path / "stock.txt")]
+    fails(main, words, "first 'i 07'")
+    (tmp_path / "stock.txt").write_bytes("café\n".encode("latin-1"))
+    fails(main, words, "stock.txt, a text in UTF-8: 'utf-8' codec")
+
+
+def test_a_place_for_the_output_that_is_not_there(main, saved_crm, capsys):
+    with pytest.raises(SystemExit):
+        main(["--model", saved_crm, "--history", "i01", "--output", "no/folder/out.csv"])
+    assert "argument --output: there is no folder 'no/folder'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "no user with three items": (["--dataset", str(tmp_path / "short.csv")], "3"),
         "options of prepared data": (
             ["--dataset", str(tmp_path / "prepared"), "--k_core", "3"],
-            "--k_core would",
+            "without --k_core",
         ),
         "unknown LLM": ([*good, "--llm", str(tmp_path / "no-model")], "no-model"),
         "unknown CRM": ([*good, "--crm", str(tmp_path / "no-model")], "no-model"),
