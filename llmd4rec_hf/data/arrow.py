@@ -119,6 +119,9 @@ def from_pandas(frame: pd.DataFrame) -> pa.Table:
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
             logger.warning("column %r mixes types: its values are turned to strings", name)
             columns.append(pa.chunked_array([pa.array(as_texts(values), pa.string())]))
+        except UnicodeEncodeError:  # half of a pair of surrogates, as programs leave it that cut texts amid an emoji
+            texts = [text and text.encode(errors="replace").decode() for text in as_texts(values)]
+            columns.append(pa.chunked_array([pa.array(texts, pa.string())]))
     return pa.table(columns, names=[str(name) for name in frame.columns])
 
 

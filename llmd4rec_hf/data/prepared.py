@@ -116,7 +116,8 @@ def prepare(
     Loads a log and its catalogue, filters, splits and describes them, and keeps the result on disk.
 
     The folder remembers a hash of the sources' content and of the options: asked for the same again, it is returned as
-    it is. Of several processes that ask at the same time, one prepares it and the others wait.
+    it is. Of several processes that ask at the same time, one prepares it and the others wait. A dataset on the Hub
+    goes by its name and revision: newer data of it comes only with another `revision`, such as a commit.
 
     Args:
         source (`str`, `Path`, `pandas.DataFrame` or `datasets.Dataset`):

@@ -210,6 +210,38 @@ class TestTables:
         assert load_interactions(tmp_path / "log.csv")["rating"] == [4.0, 2.5]
 
 
+LATE = "x" * (1 << 16)  # what comes after it is in no head of a file
+RECORD_FILES = {
+    "lines": '{{"item_id": 1, "title": "{0}"}}\n{{"item_id": 2, "title": "{1}"}}\n',
+    "lines of changing types": '{{"item_id": 1, "title": "{0}"}}\n{{"item_id": "2", "title": "{1}"}}\n',
+    "python": "{{'item_id': 1, 'title': '{0}'}}\n{{'item_id': 2, 'title': '{1}'}}\n",
+    "array": '[{{"item_id": 1, "title": "{0}"}},\n{{"item_id": 2, "title": "{1}"}}]',
+}
+
+
+@pytest.mark.parametrize("kind", RECORD_FILES)
+class TestEncodingsOfRecords:
+    def titles(self, path, kind, *titles, encoding="utf-8"):
+        path.write_bytes(RECORD_FILES[kind].format(*titles).encode(encoding))
+        return detect_format(path).read(path)["title"].to_pylist()
+
+    @pytest.mark.parametrize(("titles", "level"), [(["Café", "Tee"], "INFO"), ([LATE, "Café"], "WARNING")])
+    def test_latin_1(self, tmp_path, caplog, kind, titles, level):
+        with caplog.at_level("INFO"):
+            assert self.titles(tmp_path / "items", kind, *titles, encoding="latin-1") == titles
+        assert [record.levelname for record in caplog.records if "reading it as Latin-1" in record.message] == [level]
+
+    def test_separators_of_unicode_end_no_line(self, tmp_path, kind):
+        titles = ["one\u2028two", "three\u0085four"]
+        assert self.titles(tmp_path / "items", kind, *titles) == titles
+
+    def test_half_of_an_emoji_is_a_question_mark(self, tmp_path, kind):
+        assert self.titles(tmp_path / "items", kind, "cut \\ud83d", "whole") == ["cut ?", "whole"]
+
+    def test_a_byte_order_mark(self, tmp_path, kind):
+        assert self.titles(tmp_path / "items", kind, "Café", "Tee", encoding="utf-8-sig") == ["Café", "Tee"]
+
+
 class TestNames:
     def test_item_names_with_latin_letters_in_movielens(self, tmp_path):
         (tmp_path / "movies.dat").write_bytes("1::Misérables, Les (1995)::Drama\r\n".encode("latin-1"))

@@ -182,16 +182,24 @@ def _utf8(content: bytes) -> str | None:
         return None
 
 
+def encodings(path: Path, content: bytes | None = None) -> Iterator[str]:
+    """How to decode `path`, or its `content`: as UTF-8 and, where that fails, as Latin-1, which cannot fail."""
+    # The head is looked at because Arrow says of values that they are not UTF-8, of a table's header it does not.
+    if _utf8(head(path) if content is None else content[:HEAD_BYTES]) is None:
+        logger.info("%s is not UTF-8: reading it as Latin-1", path)
+    else:
+        yield "utf-8"
+        logger.warning("%s begins as UTF-8 and does not go on so: reading it as Latin-1", path)
+    yield "latin-1"
+
+
 def head_lines(path: Path, count: int = 20) -> list[str]:
-    """The first lines of a text file that are not blank."""
-    return full_lines(text_head(path))[:count]
+    """The first lines of a text file that are not blank. Lines end as they do for Arrow, old Macs' ways included."""
+    return text_lines(text_head(path))[:count]
 
 
-def full_lines(text: str) -> list[str]:
-    """
-    The lines that are not blank. They end as they do for Arrow, old Macs' ways included; `str.splitlines` would also
-    cut at characters that may stand in a title.
-    """
+def text_lines(text: str) -> list[str]:
+    """The lines that are not blank. Only what ends lines in files parts them: U+2028 may stand in a value."""
     return [line for line in re.split(r"\r\n?|\n", text) if line.strip()]
 
 
@@ -237,11 +245,7 @@ def read_delimited(
     text = dict.fromkeys(names or header or [], pa.string())
     parse = pa.csv.ParseOptions(delimiter=delimiter, quote_char=quote, newlines_in_values=bool(quote))
     convert = pa.csv.ConvertOptions(column_types=text, include_columns=columns)
-    # Arrow says of values that they are not UTF-8, of the header it does not.
-    is_utf8 = _utf8(head(path) if content is None else content[:HEAD_BYTES]) is not None
-    for encoding in ("utf8", "latin-1") if is_utf8 else ("latin-1",):
-        if encoding == "latin-1":
-            logger.info("%s is not UTF-8: reading it as Latin-1", path)
+    for encoding in encodings(path, content):
         read = pa.csv.ReadOptions(encoding=encoding, block_size=1 << 24, column_names=names)
         try:
             with open_binary(path) if content is None else pa.BufferReader(content) as stream:

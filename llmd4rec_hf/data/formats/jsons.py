@@ -18,7 +18,7 @@ import pyarrow.json
 
 from ...errors import DataError
 from ..arrow import from_pandas
-from .base import Format, first_line, full_lines, head, open_binary, text_head
+from .base import Format, encodings, first_line, head, open_binary, text_head, text_lines
 
 
 # Some catalogues have lines of a hundred kilobytes; the fields of the first records are taken from this much.
@@ -133,7 +133,7 @@ class JSONArrayFormat(Format):
         records = load_json(path)
         if not all(isinstance(record, dict) for record in records):
             raise DataError(f"{path}: a JSON array whose elements are not all objects; write one object per row")
-        return from_pandas(pd.DataFrame(records))
+        return _as_table(records)
 
 
 def is_python(path: Path) -> bool:
@@ -144,11 +144,15 @@ def is_python(path: Path) -> bool:
 
 def load_json(path: Path) -> Any:
     """The one JSON value in the file."""
-    try:
-        with open_binary(path) as stream:
-            return json.load(stream)
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({first_line(error)}); mend it") from error
+    for encoding in encodings(path):
+        try:
+            with open_binary(path) as stream:
+                return json.loads(stream.read().decode(encoding).removeprefix("\ufeff"))
+        except UnicodeDecodeError:
+            continue
+        except ValueError as error:
+            raise DataError(f"{path}: not valid JSON ({first_line(error)}); mend it") from error
+    raise AssertionError("Latin-1 decodes everything")
 
 
 def _is_json(line: str) -> bool:
@@ -159,7 +163,7 @@ def _is_json(line: str) -> bool:
 
 
 def _first_record_line(path: Path) -> str:
-    return next(iter(full_lines(text_head(path, RECORD_HEAD_BYTES))), "")
+    return next(iter(text_lines(text_head(path, RECORD_HEAD_BYTES))), "")
 
 
 def _first_record(path: Path) -> dict[str, Any] | None:
@@ -178,7 +182,7 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def _head_records(path: Path, count: int = 500) -> list[dict[str, Any]]:
-    lines = full_lines(text_head(path, RECORD_HEAD_BYTES))
+    lines = text_lines(text_head(path, RECORD_HEAD_BYTES))
     return [record for record, _ in zip(map(_record, lines), range(count), strict=False) if record is not None]
 
 
@@ -190,6 +194,8 @@ def _schema(records: list[dict[str, Any]], columns: list[str]) -> dict[str, pa.D
             kind = pa.array([record.get(name) for record in records]).type
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
             kind = None
+        except UnicodeEncodeError:  # half of a pair of surrogates, which from_pandas makes good
+            kind = pa.string()
         schema[name] = pa.string() if kind is not None and pa.types.is_null(kind) else kind
     return schema
 
@@ -201,14 +207,19 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def _read_json(path: Path, schema: dict[str, pa.DataType | None]) -> pa.Table:
-    try:
-        with open_binary(path) as stream:
-            return _parse_json(stream, schema)
-    except pa.ArrowInvalid as error:
-        try:  # a field that changes its type on the way
-            return _loaded_records(path, list(schema))
-        except (ValueError, AttributeError):
-            raise DataError(f"{path}: not valid JSON lines ({first_line(error)}); mend or drop that line") from error
+    for encoding in encodings(path):
+        try:
+            with open_binary(path) as stream:
+                utf8 = pa.transcoding_input_stream(pa.PythonFile(stream, "r"), encoding, "utf-8")
+                return _parse_json(utf8, schema)
+        except pa.ArrowInvalid as error:
+            try:  # a field that changes its type on the way
+                return _loaded_records(path, list(schema), encoding)
+            except UnicodeDecodeError:
+                continue
+            except (ValueError, AttributeError):
+                raise DataError(f"{path}: not valid JSON lines ({first_line(error)}); mend that line") from error
+    raise AssertionError("Latin-1 decodes everything")
 
 
 def _parse_json(stream: Any, schema: dict[str, pa.DataType | None]) -> pa.Table:
@@ -223,25 +234,38 @@ def _parse_json(stream: Any, schema: dict[str, pa.DataType | None]) -> pa.Table:
             explicit_schema=pa.schema(list(schema.items())), unexpected_field_behavior="ignore"
         ),
     )
-    return table.select(list(schema))
+    table = table.select(list(schema))
+    table.validate(full=True)  # Arrow's reader takes any bytes for UTF-8
+    return table
 
 
-def _loaded_records(path: Path, columns: list[str]) -> pa.Table:
+def _loaded_records(path: Path, columns: list[str], encoding: str) -> pa.Table:
     """Slower and larger than Arrow's reader, but fields may change their type from line to line."""
     with open_binary(path) as stream:
-        records = [json.loads(line) for line in stream if line.strip()]
-    return from_pandas(pd.DataFrame({name: [record.get(name) for record in records] for name in columns}))
+        lines = (line.decode(encoding).removeprefix("\ufeff") for line in stream if line.strip())
+        records = [json.loads(line) for line in lines]
+    return _as_table({name: [record.get(name) for record in records] for name in columns})
+
+
+def _as_table(records: Any) -> pa.Table:
+    """Past pandas' own strings: they refuse half of a pair of surrogates, which `from_pandas` makes good."""
+    return from_pandas(pd.DataFrame(records, dtype=object))
 
 
 def _read_python(path: Path, schema: dict[str, pa.DataType | None]) -> pa.Table:
-    with open_binary(path) as stream:
-        tables = [_parse_python(block, schema, path) for block in _line_blocks(stream)]
-    return pa.concat_tables(tables, promote_options="permissive")
+    for encoding in encodings(path):
+        try:
+            with open_binary(path) as stream:
+                tables = [_parse_python(block.decode(encoding), schema, path) for block in _line_blocks(stream)]
+            return pa.concat_tables(tables, promote_options="permissive")
+        except UnicodeDecodeError:
+            continue
+    raise AssertionError("Latin-1 decodes everything")
 
 
-def _line_blocks(stream: Any) -> Iterator[str]:
+def _line_blocks(stream: Any) -> Iterator[bytes]:
     while block := stream.read(BLOCK_BYTES):
-        yield (block + stream.readline()).decode("utf-8", errors="replace")
+        yield block + stream.readline()
 
 
 def _parse_python(block: str, schema: dict[str, pa.DataType | None], path: Path) -> pa.Table:
@@ -253,12 +277,12 @@ def _parse_python(block: str, schema: dict[str, pa.DataType | None], path: Path)
         return _parse_json(pa.BufferReader(_TOKEN.sub(_as_json, block).encode()), schema)
     except (pa.ArrowInvalid, ValueError, SyntaxError, UnicodeEncodeError):
         pass
-    lines = full_lines(block)
+    lines = text_lines(block)
     records = [_record(line) for line in lines]
     if None in records:
         line = lines[records.index(None)]
         raise DataError(f"{path}: neither JSON nor a Python dictionary: {line[:60]!r}; mend or drop that line")
-    return from_pandas(pd.DataFrame({name: [record.get(name) for record in records] for name in schema}))
+    return _as_table({name: [record.get(name) for record in records] for name in schema})
 
 
 def _as_json(match: re.Match[str]) -> str:
