@@ -162,3 +162,11 @@ def test_what_trec_cannot_hold(tmp_path):
         Recommendations([[], []], [[], []]).to_run(["u", "u"])
     with pytest.raises(DataError, match="1 true items for 2 users"):
         save_qrels(tmp_path / "qrels", ["u", "v"], ["a"])
+
+
+def test_recommendations_as_a_table():
+    table = Recommendations([["a", "b"], [], ["c"]], [[2.0, 1.0], [], [0.5]]).to_pandas()
+    expected = pd.DataFrame(
+        {"history": [0, 0, 2], "item_id": ["a", "b", "c"], "score": [2.0, 1.0, 0.5], "rank": [1, 2, 1]}
+    )
+    pd.testing.assert_frame_equal(table, expected)
