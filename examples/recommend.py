@@ -20,6 +20,7 @@ from rich.table import Table
 from llmd4rec_hf import RecommenderModel, load_interactions
 from llmd4rec_hf.command_line import column_pair, escaped, one_line_errors, output_file, script_parser
 from llmd4rec_hf.data.formats import format_names
+from llmd4rec_hf.data.formats.base import text_lines
 from llmd4rec_hf.errors import DataError
 from llmd4rec_hf.models import Recommendations
 
@@ -69,12 +70,12 @@ def find(options: argparse.Namespace, model: RecommenderModel) -> tuple[list, Re
     candidates = None
     if options.candidates:
         try:
-            lines = Path(options.candidates).read_text(encoding="utf-8-sig").splitlines()
+            lines = text_lines(Path(options.candidates).read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise DataError(
                 f"Cannot read the candidates in {options.candidates}, a text in UTF-8: {error}."
             ) from error
-        candidates = [line.strip() for line in lines if line.strip()]
+        candidates = [line.strip() for line in lines]
     found = model.recommend(
         histories,
         options.k,

@@ -229,7 +229,9 @@ class MutualDistillation:
         """
         remedy = "Make room or give another output_dir; started again, a run goes on from its last whole checkpoint."
         with storage_errors_named(self.output_dir, remedy), RunLock(self.output_dir), stop_signals:
-            return self._run()
+            results = self._run()
+            self._restore_best()
+            return results
 
     def _run(self) -> dict:
         self._open_state()
@@ -237,7 +239,6 @@ class MutualDistillation:
             results = on_main_process(lambda: read_results(self.output_dir, RESULTS_NAME, self.state["weights"]))
             if results is not None:
                 logger.info(f"{self.output_dir} holds a finished run: nothing to do.")
-                self._restore_best()
                 return results
         self._run_phase(Phase("crm", 0, DISTILLED))
         for round_number in range(1, self.config.rounds + 1):
@@ -379,7 +380,6 @@ class MutualDistillation:
         on_main_process(lambda: write_report(results, self.output_dir))
         self.state |= {"finished": True, "weights": on_main_process(lambda: weights_facts(self.output_dir))}
         self._write_state()
-        self._restore_best()
         return results
 
     def _restore_best(self) -> None:

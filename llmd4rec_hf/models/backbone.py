@@ -224,10 +224,9 @@ def merge_adapter(backbone) -> PreTrainedModel:
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    # Trained as a whole from here on, as one that never had an adapter.
     if not getattr(backbone.get_base_model(), "is_quantized", False):
-        return backbone.merge_and_unload().requires_grad_(True)
+        return backbone.merge_and_unload()
     peft_config, tensors = backbone.peft_config["default"], get_peft_model_state_dict(backbone)
     backbone = get_peft_model(backbone.unload().dequantize(), peft_config)
     set_peft_model_state_dict(backbone, tensors)
-    return backbone.merge_and_unload().requires_grad_(True)
+    return backbone.merge_and_unload()

@@ -288,7 +288,8 @@ class LLMRecommender(RecommenderModel):
         PEFT nor the base model. A quantised backbone becomes a floating-point one.
         """
         if self.has_adapter:
-            self.backbone = base.merge_adapter(self.backbone)
+            # Trained as a whole from here on, as one that never had an adapter.
+            self.backbone = base.merge_adapter(self.backbone).requires_grad_(True)
         return self
 
     # --- computation ---------------------------------------------------------------------------------------------

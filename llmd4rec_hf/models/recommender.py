@@ -7,7 +7,8 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -218,19 +219,15 @@ class RecommenderModel(PreTrainedModel):
             if len(history) == 0:
                 raise DataError(f"History {index} holds no known item: there is nothing to recommend from.")
         allowed = self._candidate_mask(candidates, on_unknown)
-        was_training = self.training
-        self.eval()
         ids: list[list] = []
         scores: list[list[float]] = []
-        item_matrix = self.item_matrix().float()
-        try:
+        with self._evaluating():
+            item_matrix = self.item_matrix().float()
             for start in range(0, len(encoded), batch_size):
                 best = self._recommend_batch(encoded[start : start + batch_size], k, filter_seen, allowed, item_matrix)
                 for row_ids, row_scores in best:
                     ids.append(self.vocabulary.decode(row_ids))
                     scores.append(row_scores)
-        finally:
-            self.train(was_training)
         return Recommendations(ids, scores)
 
     @torch.no_grad()
@@ -253,10 +250,8 @@ class RecommenderModel(PreTrainedModel):
         """
         self._check_request(k)
         rows = torch.as_tensor(self.vocabulary.encode(list(item_ids)), device=self.device)
-        was_training = self.training
-        self.eval()
-        directions = F.normalize(self.item_matrix().float(), dim=1)
-        self.train(was_training)
+        with self._evaluating():
+            directions = F.normalize(self.item_matrix().float(), dim=1)
         ids: list[list] = []
         scores: list[list[float]] = []
         for part in rows.split(batch_size):
@@ -267,6 +262,16 @@ class RecommenderModel(PreTrainedModel):
             ids += self.vocabulary.decode(indices.cpu())
             scores += values.tolist()
         return Recommendations(ids, scores)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode inside; afterwards the mode from before, whatever happened."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
 
     def _check_request(self, k: int) -> None:
         if self.vocabulary is None:

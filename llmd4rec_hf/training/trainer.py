@@ -181,10 +181,13 @@ class DistillationTrainer(HistoryTrainer):
 
     def _check_items(self) -> None:
         rows, num_items = self.train_dataset, self.model.config.num_items
-        if isinstance(rows, Dataset) and "item_ids" in rows.column_names and item_id_range(rows)[1] > num_items:
+        if not isinstance(rows, Dataset) or "item_ids" not in rows.column_names:
+            return
+        _, highest = item_id_range(rows)
+        if highest > num_items:
             raise ConfigurationError(
-                f"The training set holds the item id {item_id_range(rows)[1]} and the student scores {num_items} "
-                "items: build it with num_items=len(vocabulary) of the vocabulary that the log was split with."
+                f"The training set holds the item id {highest} and the student scores {num_items} items: build it "
+                "with num_items=len(vocabulary) of the vocabulary that the log was split with."
             )
 
     def _prepare_teacher(self) -> None:

@@ -8,10 +8,10 @@ import gzip
 import logging
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +21,8 @@ from ...errors import DataError
 
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 HEAD_BYTES = 1 << 16
 # No line of text holds this character, so a reader of tables takes a line as one field.
@@ -191,6 +193,16 @@ def encodings(path: Path, content: bytes | None = None) -> Iterator[str]:
         yield "utf-8"
         logger.warning("%s begins as UTF-8 and does not go on so: reading it as Latin-1", path)
     yield "latin-1"
+
+
+def decoded(path: Path, read: Callable[[str], T]) -> T:
+    """What `read` makes of `path` by the first of its encodings in which nothing fails to decode."""
+    for encoding in encodings(path):
+        try:
+            return read(encoding)
+        except UnicodeDecodeError:
+            continue
+    raise AssertionError("Latin-1 decodes everything")
 
 
 def head_lines(path: Path, count: int = 20) -> list[str]:

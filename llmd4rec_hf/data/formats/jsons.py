@@ -18,7 +18,7 @@ import pyarrow.json
 
 from ...errors import DataError
 from ..arrow import from_pandas
-from .base import Format, encodings, first_line, head, open_binary, text_head, text_lines
+from .base import Format, decoded, first_line, head, open_binary, text_head, text_lines
 
 
 # Some catalogues have lines of a hundred kilobytes; the fields of the first records are taken from this much.
@@ -144,15 +144,12 @@ def is_python(path: Path) -> bool:
 
 def load_json(path: Path) -> Any:
     """The one JSON value in the file."""
-    for encoding in encodings(path):
-        try:
-            with open_binary(path) as stream:
-                return json.loads(stream.read().decode(encoding).removeprefix("\ufeff"))
-        except UnicodeDecodeError:
-            continue
-        except ValueError as error:
-            raise DataError(f"{path}: not valid JSON ({first_line(error)}); mend it") from error
-    raise AssertionError("Latin-1 decodes everything")
+    with open_binary(path) as stream:
+        content = stream.read()
+    try:
+        return json.loads(decoded(path, content.decode).removeprefix("\ufeff"))
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({first_line(error)}); mend it") from error
 
 
 def _is_json(line: str) -> bool:
@@ -207,7 +204,7 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def _read_json(path: Path, schema: dict[str, pa.DataType | None]) -> pa.Table:
-    for encoding in encodings(path):
+    def read(encoding: str) -> pa.Table:
         try:
             with open_binary(path) as stream:
                 utf8 = pa.transcoding_input_stream(pa.PythonFile(stream, "r"), encoding, "utf-8")
@@ -216,10 +213,11 @@ def _read_json(path: Path, schema: dict[str, pa.DataType | None]) -> pa.Table:
             try:  # a field that changes its type on the way
                 return _loaded_records(path, list(schema), encoding)
             except UnicodeDecodeError:
-                continue
+                raise
             except (ValueError, AttributeError):
                 raise DataError(f"{path}: not valid JSON lines ({first_line(error)}); mend that line") from error
-    raise AssertionError("Latin-1 decodes everything")
+
+    return decoded(path, read)
 
 
 def _parse_json(stream: Any, schema: dict[str, pa.DataType | None]) -> pa.Table:
@@ -253,14 +251,12 @@ def _as_table(records: Any) -> pa.Table:
 
 
 def _read_python(path: Path, schema: dict[str, pa.DataType | None]) -> pa.Table:
-    for encoding in encodings(path):
-        try:
-            with open_binary(path) as stream:
-                tables = [_parse_python(block.decode(encoding), schema, path) for block in _line_blocks(stream)]
-            return pa.concat_tables(tables, promote_options="permissive")
-        except UnicodeDecodeError:
-            continue
-    raise AssertionError("Latin-1 decodes everything")
+    def read(encoding: str) -> pa.Table:
+        with open_binary(path) as stream:
+            tables = [_parse_python(block.decode(encoding), schema, path) for block in _line_blocks(stream)]
+        return pa.concat_tables(tables, promote_options="permissive")
+
+    return decoded(path, read)
 
 
 def _line_blocks(stream: Any) -> Iterator[bytes]:
