@@ -62,28 +62,26 @@ def load_histories(options: argparse.Namespace) -> tuple[list, list[list]]:
     return histories.index.tolist(), histories.tolist()
 
 
+def load_candidates(path: str | None) -> list[str] | None:
+    """The ids in a file, one per line."""
+    if path is None:
+        return None
+    try:
+        return [line.strip() for line in text_lines(Path(path).read_text(encoding="utf-8-sig"))]
+    except (OSError, ValueError) as error:
+        raise DataError(f"Cannot read the candidates in {path}, a text in UTF-8: {error}.") from error
+
+
 def find(options: argparse.Namespace, model: RecommenderModel) -> tuple[list, Recommendations]:
     """What was asked for, and the answers."""
+    choice = {
+        "candidates": load_candidates(options.candidates),
+        "on_unknown": "ignore" if options.skip_unknown else "raise",
+    }
     if options.similar_to:
-        return options.similar_to, model.similar_items(options.similar_to, options.k)
+        return options.similar_to, model.similar_items(options.similar_to, options.k, **choice)
     names, histories = load_histories(options)
-    candidates = None
-    if options.candidates:
-        try:
-            lines = text_lines(Path(options.candidates).read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"Cannot read the candidates in {options.candidates}, a text in UTF-8: {error}."
-            ) from error
-        candidates = [line.strip() for line in lines]
-    found = model.recommend(
-        histories,
-        options.k,
-        filter_seen=not options.keep_seen,
-        candidates=candidates,
-        on_unknown="ignore" if options.skip_unknown else "raise",
-    )
-    return names, found
+    return names, model.recommend(histories, options.k, filter_seen=not options.keep_seen, **choice)
 
 
 def show(names: list, found: Recommendations, model: RecommenderModel, console: Console) -> None:

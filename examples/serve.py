@@ -60,6 +60,12 @@ class ExportedRecommender:
     def recommend(self, histories: list[list], k: int = 10, filter_seen: bool = True, skip_unknown: bool = False):
         """Per history a list of `{"item_id", "score", "title"}`, best first. Raises `Unanswerable`."""
         rows = [self._encode(history, index, skip_unknown) for index, history in enumerate(histories)]
+        answers = iter(self._answer([row for row in rows if row], k, filter_seen))
+        return [next(answers) if row else [] for row in rows]
+
+    def _answer(self, rows: list[list[int]], k: int, filter_seen: bool) -> list[list[dict]]:
+        if not rows:
+            return []
         inputs = {"item_ids": _pad([row[-self.max_length :] for row in rows])}
         inputs["seen"] = _pad(rows) if filter_seen else np.zeros((len(rows), 1), np.int64)
         recommended, scores = self.session.run(None, inputs)
@@ -82,10 +88,9 @@ class ExportedRecommender:
         row = [self.internal.get(str(item), 0) for item in history]
         if 0 in row and not skip_unknown:
             raise Unanswerable(f"history {index}: unknown item {history[row.index(0)]!r}; skip_unknown leaves it out")
-        row = [item for item in row if item]
-        if not row:
-            raise Unanswerable(f"history {index} holds no known item: there is nothing to recommend from")
-        return row
+        if not row and not skip_unknown:
+            raise Unanswerable(f"history {index} is empty: there is nothing to recommend from")
+        return [item for item in row if item]
 
     def _describe(self, item: int, score: float) -> dict:
         title = self.titles[item - 1] if self.titles else None
@@ -122,7 +127,8 @@ class Item(BaseModel):
 
 
 class Response(BaseModel):
-    """What `POST /recommend` gives: a list per history, best first, shorter than `k` where fewer items are left."""
+    """What `POST /recommend` gives: a list per history, best first, shorter than `k` where fewer items are left,
+    and empty for a history of which `skip_unknown` leaves nothing."""
 
     recommendations: list[list[Item]]
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -19,7 +18,7 @@ from .dropout import Dropout
 from .item_text import average_of_alike, encode_more_texts, encode_texts, principal_item_vectors
 from .llm_config import LLMRecommenderConfig
 from .prompt import DEFAULT_PROMPT, split_prompt
-from .recommender import WEIGHTS_NAME, RecommenderModel, check_length, hub_arguments, sequence_lengths
+from .recommender import RecommenderModel, check_length, hub_arguments, sequence_lengths, stored_weights
 
 
 BACKBONE_PREFIX = "backbone."
@@ -137,6 +136,7 @@ class LLMRecommender(RecommenderModel):
         if peft_config is None and (quantization_config is not None or getattr(backbone, "is_quantized", False)):
             raise ConfigurationError("Quantised weights cannot be trained: give a peft_config, e.g. LoraConfig().")
         name = backbone if isinstance(backbone, (str, os.PathLike)) else backbone.config._name_or_path
+        dtype = backbone_kwargs.pop("torch_dtype", dtype)  # its older name
         hub_kwargs = hub_arguments(backbone_kwargs)
         if tokenizer is None:
             tokenizer = base.load_tokenizer(name, trust_remote_code=trust_remote_code, **hub_kwargs)
@@ -427,14 +427,15 @@ class LLMRecommender(RecommenderModel):
             trust_remote_code (`bool`, *optional*, defaults to `False`): run code from the base model's repository.
             is_trainable (`bool`, *optional*, defaults to `False`): load the adapter for further training.
             kwargs: where files come from (`revision`, `token`, `cache_dir`, `local_files_only`, ...; all but
-                `revision` and `subfolder` go for the base as well); others go to `AutoModel.from_pretrained` for the
-                base.
+                `revision` and `subfolder` go for the base as well); others, e.g. `attn_implementation`, go to
+                `AutoModel.from_pretrained` for the base.
 
         Raises:
             ConfigurationError: the base model is not found or does not fit, files that do not fit or are of a later
                 format version, a `quantization_config` for a model that was saved with its whole backbone.
         """
         source, hub_kwargs = str(pretrained_model_name_or_path), hub_arguments(kwargs)
+        dtype = kwargs.pop("torch_dtype", dtype)  # its older name
         config = config or cls.config_class.from_pretrained(source, **hub_kwargs)
         if not config.backbone_config:
             raise ConfigurationError(f"{source} holds no LLM recommender: RecommenderModel loads any kind.")
@@ -445,14 +446,16 @@ class LLMRecommender(RecommenderModel):
             raise ConfigurationError(
                 f"{source} was saved with its whole backbone, without an adapter: it cannot be loaded in fewer bits."
             )
+        # `revision` and `subfolder` are the recommender's; the last two are what `AutoModel` hands on.
+        own = ("revision", "subfolder", "adapter_kwargs", "_from_auto")
+        options = {key: value for key, value in kwargs.items() if key not in own}
         if adapter is None and backbone is None:
-            options = {} if dtype == "auto" else {"dtype": dtype}
+            options = {key: value for key, value in options.items() if key not in hub_kwargs}
+            if dtype != "auto":
+                options["dtype"] = dtype
             backbone = AutoModel.from_config(AutoConfig.for_model(**config.backbone_config), **options)
         elif not isinstance(backbone, PreTrainedModel):
             name = backbone or config.backbone_name_or_path
-            # `revision` and `subfolder` are the recommender's; the last two are what `AutoModel` hands on.
-            own = ("revision", "subfolder", "adapter_kwargs", "_from_auto")
-            options = {key: value for key, value in kwargs.items() if key not in own}
             if backbone is None:
                 place = {"revision": config.backbone_revision, "subfolder": config.backbone_subfolder}
                 options |= {key: value for key, value in place.items() if value is not None}
@@ -470,7 +473,7 @@ class LLMRecommender(RecommenderModel):
         if adapter is not None:
             folder = os.path.dirname(cached_file(source, base.ADAPTER_WEIGHTS_NAME, **hub_kwargs))
             model.backbone = base.load_adapter(model.backbone, folder, is_trainable)
-        model._load_own_weights(cached_file(source, WEIGHTS_NAME, **hub_kwargs))
+        model._load_own_weights(source, **hub_kwargs)
         model._load_vocabulary(source, **hub_kwargs)
         if cached_file(source, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs):
             model.tokenizer = base.load_tokenizer(source, trust_remote_code=trust_remote_code, **hub_kwargs)
@@ -479,20 +482,21 @@ class LLMRecommender(RecommenderModel):
     def load_weights(self, directory: str | os.PathLike) -> None:
         if self.has_adapter:
             base.load_adapter_weights(self.backbone, directory)
-        self._load_own_weights(os.path.join(directory, WEIGHTS_NAME))
+        self._load_own_weights(directory)
 
-    def _load_own_weights(self, path: str) -> None:
-        """Load what `model.safetensors` holds; nothing of it may be missing or left over."""
+    def _load_own_weights(self, source: str | os.PathLike, **hub_kwargs) -> None:
+        """Load all but the adapter; nothing of it may be missing or left over."""
         try:
-            outcome = self.load_state_dict(load_file(path), strict=False)
+            outcome = self.load_state_dict(stored_weights(source, **hub_kwargs), strict=False)
         except RuntimeError as error:  # shapes
-            raise ConfigurationError(f"{path} does not fit this model: {error}") from error
+            raise ConfigurationError(f"The weights in {source} do not fit this model: {error}") from error
         missing = [
             name for name in outcome.missing_keys if not (self.has_adapter and name.startswith(BACKBONE_PREFIX))
         ]
         if missing or outcome.unexpected_keys:
             raise ConfigurationError(
-                f"{path} does not fit this model: missing {missing[:3]}, unexpected {outcome.unexpected_keys[:3]}."
+                f"The weights in {source} do not fit this model: missing {missing[:3]}, unexpected "
+                f"{outcome.unexpected_keys[:3]}."
             )
 
 

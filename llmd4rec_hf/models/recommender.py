@@ -19,7 +19,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from ..data import ItemVocabulary
 from ..distillation.loss import distillation_loss
@@ -27,7 +28,6 @@ from ..errors import ConfigurationError, DataError
 from .recommendations import Recommendations
 
 
-WEIGHTS_NAME = "model.safetensors"
 _PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "tags")
 
 
@@ -203,7 +203,7 @@ class RecommenderModel(PreTrainedModel):
             filter_seen (`bool`, *optional*, defaults to `True`): leave out items of the history.
             candidates (`Iterable`, *optional*): external ids to choose from; all items by default.
             on_unknown (`str`, *optional*, defaults to `"raise"`): what to do with ids outside the vocabulary,
-                `"raise"` or `"ignore"`.
+                `"raise"` or `"ignore"`; a history of which nothing is left then gets an empty list.
             batch_size (`int`, *optional*, defaults to 256): histories scored at a time.
 
         Returns:
@@ -211,33 +211,44 @@ class RecommenderModel(PreTrainedModel):
 
         Raises:
             ConfigurationError: the model has no vocabulary, or `k` is not positive.
-            DataError: an unknown item, or a history without a known one.
+            DataError: an unknown item, or an empty history, unless they are ignored.
         """
         self._check_request(k)
         encoded = self._encode_histories([list(history) for history in histories], on_unknown)
-        for index, history in enumerate(encoded):
-            if len(history) == 0:
-                raise DataError(f"History {index} holds no known item: there is nothing to recommend from.")
+        answerable = [index for index, history in enumerate(encoded) if len(history) > 0]
+        if on_unknown == "raise" and len(answerable) < len(encoded):
+            empty = next(index for index, history in enumerate(encoded) if len(history) == 0)
+            raise DataError(f"History {empty} is empty: there is nothing to recommend from.")
         allowed = self._candidate_mask(candidates, on_unknown)
-        ids: list[list] = []
-        scores: list[list[float]] = []
+        found = Recommendations([[] for _ in encoded], [[] for _ in encoded])
         with self._evaluating():
             item_matrix = self.item_matrix().float()
-            for start in range(0, len(encoded), batch_size):
-                best = self._recommend_batch(encoded[start : start + batch_size], k, filter_seen, allowed, item_matrix)
-                for row_ids, row_scores in best:
-                    ids.append(self.vocabulary.decode(row_ids))
-                    scores.append(row_scores)
-        return Recommendations(ids, scores)
+            for start in range(0, len(answerable), batch_size):
+                rows = answerable[start : start + batch_size]
+                best = self._recommend_batch([encoded[row] for row in rows], k, filter_seen, allowed, item_matrix)
+                for row, (ids, scores) in zip(rows, best, strict=True):
+                    found.ids[row], found.scores[row] = self.vocabulary.decode(ids), scores
+        return found
 
     @torch.no_grad()
-    def similar_items(self, item_ids: Sequence, k: int = 10, *, batch_size: int = 256) -> Recommendations:
+    def similar_items(
+        self,
+        item_ids: Sequence,
+        k: int = 10,
+        *,
+        candidates: Iterable | None = None,
+        on_unknown: str = "raise",
+        batch_size: int = 256,
+    ) -> Recommendations:
         """
         For each item the others that the model puts nearest to it: those that follow the same histories.
 
         Args:
             item_ids (`Sequence`): external item ids.
             k (`int`, *optional*, defaults to 10): how many to return for each.
+            candidates (`Iterable`, *optional*): external ids to choose from; all items by default.
+            on_unknown (`str`, *optional*, defaults to `"raise"`): what to do with ids outside the vocabulary,
+                `"raise"` or `"ignore"`; an item that is ignored gets an empty list.
             batch_size (`int`, *optional*, defaults to 256): items compared with the catalogue at a time.
 
         Returns:
@@ -246,22 +257,22 @@ class RecommenderModel(PreTrainedModel):
 
         Raises:
             ConfigurationError: the model has no vocabulary, or `k` is not positive.
-            DataError: an unknown item.
+            DataError: an unknown item, unless it is ignored.
         """
         self._check_request(k)
-        rows = torch.as_tensor(self.vocabulary.encode(list(item_ids)), device=self.device)
+        encoded = self.vocabulary.encode(list(item_ids), unknown=_in_place(on_unknown))
+        allowed = self._candidate_mask(candidates, on_unknown)
         with self._evaluating():
             directions = F.normalize(self.item_matrix().float(), dim=1)
-        ids: list[list] = []
-        scores: list[list[float]] = []
-        for part in rows.split(batch_size):
-            cosines = directions[part] @ directions.T
-            cosines[:, 0] = -torch.inf
-            cosines.scatter_(1, part.unsqueeze(1), -torch.inf)
-            values, indices = cosines.topk(min(k, self.config.num_items - 1), dim=1)
-            ids += self.vocabulary.decode(indices.cpu())
-            scores += values.tolist()
-        return Recommendations(ids, scores)
+        found = Recommendations([], [])
+        for rows in torch.as_tensor(encoded, device=self.device).split(batch_size):
+            cosines = directions[rows] @ directions.T
+            cosines.masked_fill_(~allowed | (rows == 0).unsqueeze(1), -torch.inf)
+            cosines.scatter_(1, rows.unsqueeze(1), -torch.inf)
+            for ids, scores in _best(cosines, k):
+                found.ids.append(self.vocabulary.decode(ids))
+                found.scores.append(scores)
+        return found
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -283,8 +294,8 @@ class RecommenderModel(PreTrainedModel):
 
     def _encode_histories(self, histories: list[list], on_unknown: str) -> list[np.ndarray]:
         # All at once, because the vocabulary's index is built anew for every call.
-        unknown = "zero" if on_unknown == "ignore" else on_unknown
-        flat = self.vocabulary.encode([item for history in histories for item in history], unknown=unknown)
+        items = [item for history in histories for item in history]
+        flat = self.vocabulary.encode(items, unknown=_in_place(on_unknown))
         ends = np.cumsum([len(history) for history in histories], dtype=np.int64)
         encoded = (flat[end - len(history) : end] for history, end in zip(histories, ends, strict=True))
         return [history[history > 0] for history in encoded]
@@ -306,10 +317,7 @@ class RecommenderModel(PreTrainedModel):
         if filter_seen:
             for row, history in enumerate(histories):
                 scores[row, torch.as_tensor(history, dtype=torch.long, device=self.device)] = -torch.inf
-        values, indices = scores.topk(min(k, scores.shape[1]), dim=1)
-        for row_values, row_indices in zip(values, indices, strict=True):
-            kept = row_values.isfinite()
-            yield row_indices[kept].tolist(), row_values[kept].tolist()
+        return _best(scores, k)
 
     # --- files ---------------------------------------------------------------------------------------------------
 
@@ -391,7 +399,7 @@ class RecommenderModel(PreTrainedModel):
 
     def load_weights(self, directory: str | os.PathLike) -> None:
         """Bring the weights of a folder that [`~PreTrainedModel.save_pretrained`] wrote into this model, in place."""
-        self.load_state_dict(load_file(os.path.join(directory, WEIGHTS_NAME)))
+        self.load_state_dict(stored_weights(directory))
 
 
 def _class_of(source: str | os.PathLike, **hub_kwargs) -> type[RecommenderModel]:
@@ -408,6 +416,28 @@ def _class_of(source: str | os.PathLike, **hub_kwargs) -> type[RecommenderModel]
             "is registered by AutoConfig.register and AutoModel.register."
         )
     return kind
+
+
+def stored_weights(source: str | os.PathLike, **hub_kwargs) -> dict[str, torch.Tensor]:
+    """All tensors that `save_pretrained` wrote, to a folder or the Hub, in one file or in shards."""
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    if index is None:
+        return load_file(cached_file(source, SAFE_WEIGHTS_NAME, **hub_kwargs))
+    paths, _ = get_checkpoint_shard_files(source, index, **hub_kwargs)
+    return {name: value for path in paths for name, value in load_file(path).items()}
+
+
+def _best(scores: torch.Tensor, k: int) -> Iterator[tuple[list[int], list[float]]]:
+    """Internal ids and scores of each row's `k` best items; fewer where others are left out, by a score of -inf."""
+    values, indices = scores.topk(min(k, scores.shape[1]), dim=1)
+    for row_values, row_indices in zip(values, indices, strict=True):
+        kept = row_values.isfinite()
+        yield row_indices[kept].tolist(), row_values[kept].tolist()
+
+
+def _in_place(on_unknown: str) -> str:
+    """How a vocabulary is asked for ids in their places, those it does not know as 0 if they are ignored."""
+    return "zero" if on_unknown == "ignore" else on_unknown
 
 
 def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:

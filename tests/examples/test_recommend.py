@@ -46,10 +46,20 @@ def test_similar_items_and_many_queries(main, saved_crm, capsys):
     assert "1 more" in printed
 
 
+def test_similar_items_among_candidates(main, saved_crm, tmp_path, capsys):
+    (tmp_path / "stock.txt").write_text("i05\ni07\nx\n")
+    words = ["--model", saved_crm, "--similar_to", "x", "i03", "--candidates", str(tmp_path / "stock.txt")]
+    main([*words, "--skip_unknown"])
+    printed = capsys.readouterr().out
+    assert "i05" in printed and "i07" in printed and "i08" not in printed
+
+
 def test_unknown_items_can_be_skipped(main, saved_crm, capsys, fails):
     fails(main, ["--model", saved_crm, "--history", "i01", "[x]"], "first '[x]'")
     main(["--model", saved_crm, "--history", "i01", "[x]", "--skip_unknown"])
     assert "i01 [x]" in capsys.readouterr().out
+    main(["--model", saved_crm, "--history", "[x]", "--skip_unknown"])
+    assert "[x]" in capsys.readouterr().out
 
 
 def test_candidates_with_spaces_in_their_ids(main, saved_crm, tmp_path, fails):

@@ -96,14 +96,17 @@ def test_unknown_items_can_be_skipped(service):
     assert service("/recommend", {**asked, "skip_unknown": True}) == service(
         "/recommend", {"histories": [[101]], "k": 3}
     )
+    status, answer = service("/recommend", {"histories": [["x"], [101], []], "k": 3, "skip_unknown": True})
+    assert status == 200
+    assert [len(row) for row in answer["recommendations"]] == [0, 3, 0]
+    assert service("/recommend", {"histories": [["x"]], "skip_unknown": True}) == (200, {"recommendations": [[]]})
 
 
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
         ({"histories": [[101], ["x"]]}, 422, "history 1: unknown item 'x'"),
-        ({"histories": [[]]}, 422, "history 0 holds no known item"),
-        ({"histories": [["x"]], "skip_unknown": True}, 422, "history 0 holds no known item"),
+        ({"histories": [[101], []]}, 422, "history 1 is empty"),
         ({"histories": []}, 422, "at least 1 item"),
         ({"histories": [[101]], "k": 16}, 422, "exported for at most 15"),
         ({"histories": [[101]], "k": 0}, 422, "greater than or equal to 1"),

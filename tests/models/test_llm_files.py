@@ -121,8 +121,30 @@ def test_precision_of_the_loaded_backbone(make_llm, batch, tmp_path, adapter, dt
     make_llm(adapter=adapter).save_pretrained(tmp_path)
     loaded = LLMRecommender.from_pretrained(tmp_path, dtype=dtype)
     assert loaded.backbone.dtype == expected
+    assert LLMRecommender.from_pretrained(tmp_path, torch_dtype=dtype).backbone.dtype == expected
     assert loaded.item_head.weight.dtype == torch.float32
     assert loaded(**batch).loss.isfinite()
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_how_the_backbone_attends_can_be_chosen(make_llm, tmp_path, adapter):
+    make_llm(adapter=adapter).save_pretrained(tmp_path)
+    loaded = LLMRecommender.from_pretrained(tmp_path, attn_implementation="eager")
+    assert loaded.backbone.config._attn_implementation == "eager"
+    with pytest.raises(TypeError, match="attention"):
+        LLMRecommender.from_pretrained(tmp_path, attention="eager")
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_weights_in_shards(make_llm, batch, tmp_path, adapter):
+    model = make_llm(adapter=adapter, text=True).eval()
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
+    loaded, other = LLMRecommender.from_pretrained(tmp_path), make_llm(adapter=adapter, text=True).eval()
+    other.load_weights(tmp_path)
+    for found in (loaded, other):
+        assert torch.equal(found.encode(batch["item_ids"]), model.encode(batch["item_ids"]))
+        assert torch.equal(found.item_matrix(), model.item_matrix())
 
 
 @pytest.mark.parametrize("adapter", [True, False])
@@ -133,7 +155,7 @@ def test_a_file_that_does_not_fit(make_llm, tmp_path, adapter):
     head = tensors.pop("item_head.weight")
     save_file(tensors, tmp_path / "model.safetensors")
     for load in (LLMRecommender.from_pretrained, model.load_weights):
-        with pytest.raises(ConfigurationError, match=r"does not fit this model: missing \['item_head.weight'\]"):
+        with pytest.raises(ConfigurationError, match=r"do not fit this model: missing \['item_head.weight'\]"):
             load(tmp_path)
     save_file(tensors | {"item_head.weight": head, "stray": head.clone()}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigurationError, match=r"unexpected \['stray'\]"):
@@ -144,7 +166,7 @@ def test_another_catalogue(make_llm, tmp_path):
     make_llm(adapter=True).save_pretrained(tmp_path)
     config = LLMRecommenderConfig.from_pretrained(tmp_path)
     config.num_items += 1
-    with pytest.raises(ConfigurationError, match=r"(?s)model.safetensors does not fit this model: .*item_head.weight"):
+    with pytest.raises(ConfigurationError, match=r"(?s)The weights in .* do not fit this model: .*item_head.weight"):
         LLMRecommender.from_pretrained(tmp_path, config=config)
 
 

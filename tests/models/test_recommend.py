@@ -113,10 +113,12 @@ def test_recommend_unknown_items(table):
         table.recommend([e(1)], candidates=[unknown])
     found = table.recommend([[*e(1), unknown]], k=1, on_unknown="ignore", candidates=[unknown, *e(3)])
     assert found.ids == [e(3)]
-    with pytest.raises(DataError, match="History 1 holds no known item"):
-        table.recommend([e(1), [unknown]], on_unknown="ignore")
-    with pytest.raises(DataError, match="History 0 holds no known item"):
-        table.recommend([[]])
+    found = table.recommend([[unknown], e(1), [], e(5, 3)], k=1, on_unknown="ignore", batch_size=1)
+    assert found.ids == [[], e(2), [], e(4)]
+    assert [len(scores) for scores in found.scores] == [0, 1, 0, 1]
+    assert table.recommend([[unknown]], on_unknown="ignore").ids == [[]]
+    with pytest.raises(DataError, match="History 1 is empty"):
+        table.recommend([e(1), []])
 
 
 def test_recommend_errors(table):

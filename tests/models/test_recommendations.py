@@ -57,6 +57,16 @@ def test_no_item_is_similar_to_itself_and_none_is_padding(model):
     assert all(-1.0001 <= score <= 1.0001 for score in found.scores[0])
 
 
+def test_similar_items_among_candidates(model):
+    everything = model.similar_items(["i05"], k=100).ids[0]
+    chosen = [everything[4], "i05", everything[1], "i99"]
+    found = model.similar_items(["i99", "i05"], candidates=chosen, on_unknown="ignore")
+    assert found.ids == [[], [everything[1], everything[4]]]
+    assert found.scores[0] == [] and len(found.scores[1]) == 2
+    with pytest.raises(DataError, match="first 'i99'"):
+        model.similar_items(["i05"], candidates=chosen)
+
+
 def test_similar_items_of_an_llm(make_llm, vocabulary):
     llm = make_llm().train()
     llm.vocabulary = vocabulary
