@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..data import SequenceCollator
 from ..errors import CacheError, ConfigurationError
+from ..modes import evaluating
 from .low_rank import LowRankTeacher, reduce_teacher, score_errors
 from .stored_rows import EXACT_WIDTH, pack, row_type, unpack
 from .stored_teacher import StoredTeacher, position_counts
@@ -232,19 +233,16 @@ def _encoded(
     teacher, dataset, order, collator, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, torch.Tensor]]:
     """Batches of row ids `(P,)`, positions in the row `(P,)` and hidden states `(P, d_t)`, for the rows in `order`."""
-    was_training = teacher.training
-    teacher.eval()
-    columns = dataset.select_columns(["item_ids", "row_id"])
-    for begin in tqdm(range(0, len(order), batch_size), desc="Caching the teacher", leave=False):
-        batch = collator(columns.__getitems__(order[begin : begin + batch_size].tolist()))
-        device = teacher.device
-        hidden = teacher.encode(batch["item_ids"].to(device), batch["attention_mask"].to(device))
-        mask = batch["attention_mask"].bool()
-        rows, positions = mask.nonzero().T.numpy()
-        hidden = hidden[mask.to(device)]
-        _check_finite(hidden, "hidden state")
-        yield batch["row_id"].numpy()[rows], positions, hidden
-    teacher.train(was_training)
+    columns, device = dataset.select_columns(["item_ids", "row_id"]), teacher.device
+    with evaluating(teacher):
+        for begin in tqdm(range(0, len(order), batch_size), desc="Caching the teacher", leave=False):
+            batch = collator(columns.__getitems__(order[begin : begin + batch_size].tolist()))
+            hidden = teacher.encode(batch["item_ids"].to(device), batch["attention_mask"].to(device))
+            mask = batch["attention_mask"].bool()
+            rows, positions = mask.nonzero().T.numpy()
+            hidden = hidden[mask.to(device)]
+            _check_finite(hidden, "hidden state")
+            yield batch["row_id"].numpy()[rows], positions, hidden
 
 
 def _check_finite(values: torch.Tensor, what: str) -> None:

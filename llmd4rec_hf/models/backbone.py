@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigurationError
+from ..modes import evaluating
 from .recommender import hub_arguments
 
 
@@ -126,10 +127,8 @@ def check_causal(backbone: PreTrainedModel) -> None:
     tokens = torch.arange(1, 6, device=backbone.device).remainder(vocabulary_size)[None]
     changed = tokens.clone()
     changed[0, -1] = (changed[0, -1] + 1) % vocabulary_size
-    was_training = backbone.training
-    backbone.eval()
-    first, second = (backbone(input_ids=ids).last_hidden_state[0, :-1].float() for ids in (tokens, changed))
-    backbone.train(was_training)
+    with evaluating(backbone):
+        first, second = (backbone(input_ids=ids).last_hidden_state[0, :-1].float() for ids in (tokens, changed))
     if not torch.allclose(first, second, atol=1e-3, rtol=1e-3):
         raise ConfigurationError(
             f"{type(backbone).__name__} is not causal: a later token changes earlier states. Give a decoder, or an "

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..distillation.low_rank import reduce_teacher
+from ..modes import evaluating
 from .recommender import hash_tensors
 
 
@@ -144,17 +145,16 @@ def _mean_states(backbone: PreTrainedModel, tokens: list[list[int]]) -> torch.Te
 @contextmanager
 def _as_reader(backbone: PreTrainedModel) -> Iterator[None]:
     """The backbone as it reads text best: an encoder that was made causal for the histories reads both ways."""
-    was_training, was_decoder = backbone.training, getattr(backbone.config, "is_decoder", False)
+    was_decoder = getattr(backbone.config, "is_decoder", False)
     causal = [module for module in backbone.modules() if was_decoder and getattr(module, "is_causal", False)]
     try:
-        backbone.eval()
         if was_decoder:
             backbone.config.is_decoder = False
         for module in causal:
             module.is_causal = False
-        yield
+        with evaluating(backbone):
+            yield
     finally:
-        backbone.train(was_training)
         if was_decoder:
             backbone.config.is_decoder = True
         for module in causal:

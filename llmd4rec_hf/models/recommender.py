@@ -8,7 +8,6 @@ import inspect
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +24,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from ..data import ItemVocabulary
 from ..distillation.loss import distillation_loss
 from ..errors import ConfigurationError, DataError
+from ..modes import evaluating
 from .recommendations import Recommendations
 
 
@@ -221,7 +221,7 @@ class RecommenderModel(PreTrainedModel):
             raise DataError(f"History {empty} is empty: there is nothing to recommend from.")
         allowed = self._candidate_mask(candidates, on_unknown)
         found = Recommendations([[] for _ in encoded], [[] for _ in encoded])
-        with self._evaluating():
+        with evaluating(self):
             item_matrix = self.item_matrix().float()
             for start in range(0, len(answerable), batch_size):
                 rows = answerable[start : start + batch_size]
@@ -262,7 +262,7 @@ class RecommenderModel(PreTrainedModel):
         self._check_request(k)
         encoded = self.vocabulary.encode(list(item_ids), unknown=_in_place(on_unknown))
         allowed = self._candidate_mask(candidates, on_unknown)
-        with self._evaluating():
+        with evaluating(self):
             directions = F.normalize(self.item_matrix().float(), dim=1)
         found = Recommendations([], [])
         for rows in torch.as_tensor(encoded, device=self.device).split(batch_size):
@@ -273,16 +273,6 @@ class RecommenderModel(PreTrainedModel):
                 found.ids.append(self.vocabulary.decode(ids))
                 found.scores.append(scores)
         return found
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode inside; afterwards the mode from before, whatever happened."""
-        was_training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(was_training)
 
     def _check_request(self, k: int) -> None:
         if self.vocabulary is None:
