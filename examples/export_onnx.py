@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from llmd4rec_hf import RecommenderModel
-from llmd4rec_hf.command_line import one_line_errors, script_parser
+from llmd4rec_hf.command_line import one_line_errors, script_parser, whole_number
 from llmd4rec_hf.errors import ConfigurationError
 from llmd4rec_hf.export import Ranker, export_model
 
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_dir", required=True, metavar="FOLDER", help="gets the graph, vocabulary.json and export.json")
     add("--format", default="onnx", choices=["onnx", "torch"], help="ONNX or torch.export (%(default)s by default)")
     add("--k", type=int, default=100, help="length of each list, the most a request can ask for (%(default)s)")
-    add("--check", type=int, default=64, metavar="N", help="random histories to compare with the model (%(default)s)")
+    add("--check", type=whole_number, default=64, metavar="N", help="random histories to compare with the model (%(default)s)")
     return parser
 
 

@@ -173,6 +173,12 @@ def build_app(recommender: ExportedRecommender) -> FastAPI:
     return app
 
 
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port, a number below 65536")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line: a folder that cannot be served is one line and exit code 1."""
     parser = argparse.ArgumentParser(
@@ -180,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--folder", required=True, type=Path, help="what export_onnx.py wrote")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 answers other machines too (%(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
+    parser.add_argument("--port", type=_port, default=8000, help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of one request (%(default)s)")
     options = parser.parse_args(argv)
     try:

@@ -33,6 +33,13 @@ def column_pair(text: str) -> tuple[str, str]:
     return ours, theirs
 
 
+def whole_number(text: str) -> int:
+    """A number of things, 0 among them."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
+    return int(text)
+
+
 def output_file(text: str) -> str:
     """A file to write when all is done. Whether it can be written is asked before."""
     folder = Path(text).parent

@@ -19,7 +19,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from .errors import ConfigurationError
-from .files import write_json
+from .files import storage_errors_named, write_json
 from .models import LLMRecommender, RecommenderModel
 
 
@@ -63,6 +63,7 @@ def export_model(
     Raises:
         ConfigurationError: an LLM, a model without vocabulary, a `k` below 1, an unknown format or one whose packages
             are missing, a torch that would pickle parts of a program, or a model that cannot be traced.
+        StorageError: `output_dir` is a file, or cannot be written to.
 
     Example:
 
@@ -75,18 +76,18 @@ def export_model(
     # On the CPU, in full precision and without dropout, whatever the caller's model is in the middle of.
     model = copy.deepcopy(model).cpu().float().eval()
     k = None if k is None else min(k, model.config.num_items)
-    with _quiet_exporter():
+    path = Path(output_dir, FILES[format])
+    with _quiet_exporter(), storage_errors_named(path.parent, "Give a folder that can be written to, with room in it."):
         program, shapes = _trace(model, k)
-        path = Path(output_dir, FILES[format])
         path.parent.mkdir(parents=True, exist_ok=True)
         # Written last, they say that all files are of one model.
         path.with_name(FACTS_NAME).unlink(missing_ok=True)
         (_save_onnx if format == "onnx" else _save_torch)(program, path, shapes)
-    if k is None:
-        np.save(path.with_name(ITEM_MATRIX_NAME), model.item_matrix().detach().numpy(), allow_pickle=False)
-    model.vocabulary.save_pretrained(path.parent)
-    facts = {"format_version": FORMAT_VERSION, "format": format, "k": k, "max_length": model.config.max_length}
-    write_json(path.with_name(FACTS_NAME), facts | {"num_items": model.config.num_items})
+        if k is None:
+            np.save(path.with_name(ITEM_MATRIX_NAME), model.item_matrix().detach().numpy(), allow_pickle=False)
+        model.vocabulary.save_pretrained(path.parent)
+        facts = {"format_version": FORMAT_VERSION, "format": format, "k": k, "max_length": model.config.max_length}
+        write_json(path.with_name(FACTS_NAME), facts | {"num_items": model.config.num_items})
     return path
 
 

@@ -22,7 +22,7 @@ from llmd4rec_hf import (
     SASRecConfig,
     SASRecModel,
 )
-from llmd4rec_hf.errors import ConfigurationError
+from llmd4rec_hf.errors import ConfigurationError, StorageError
 from llmd4rec_hf.export import export_model, pickles_in
 
 
@@ -207,3 +207,10 @@ def test_what_cannot_be_exported(make_llm, make_crm, vocabulary, tmp_path):
         with pytest.raises(ConfigurationError, match=message):
             export_model(model, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_is_a_file(tmp_path):
+    (tmp_path / "out").write_text("something")
+    with pytest.raises(StorageError, match=r"Cannot write to .*out \(.*Give a folder that can be written to"):
+        export_model(sasrec(), tmp_path / "out", k=3)
+    assert (tmp_path / "out").read_text() == "something"

@@ -169,6 +169,20 @@ def test_export_to_torch_and_bad_input(model, load_script, make_llm, vocabulary,
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("export_onnx", ["--output_dir", "x", "--model", "x", "--check", "-1"], "'-1' is no whole number"),
+        ("serve", ["--folder", "x", "--port", "65536"], "'65536' is no port"),
+        ("serve", ["--folder", "x", "--port", "http"], "'http' is no port"),
+    ],
+)
+def test_numbers_that_cannot_be(load_script, capsys, name, words, message):
+    with pytest.raises(SystemExit):
+        load_script(name).main(words)
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["evaluate", "recommend", "compare", "export_onnx", "serve"])
 def test_help_reads_well(load_script, name, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "119")
