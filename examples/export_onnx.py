@@ -35,7 +35,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_dir", required=True, metavar="FOLDER", help="gets the graph, vocabulary.json and export.json")
     add("--format", default="onnx", choices=["onnx", "torch"], help="ONNX or torch.export (%(default)s by default)")
     add("--k", type=int, default=100, help="length of each list, the most a request can ask for (%(default)s)")
-    add("--check", type=whole_number, default=64, metavar="N", help="random histories to compare with the model (%(default)s)")
+    add(
+        "--check",
+        type=whole_number,
+        default=64,
+        metavar="N",
+        help="random histories to compare with the model (%(default)s)",
+    )
     return parser
 
 

@@ -77,7 +77,10 @@ def export_model(
     model = copy.deepcopy(model).cpu().float().eval()
     k = None if k is None else min(k, model.config.num_items)
     path = Path(output_dir, FILES[format])
-    with _quiet_exporter(), storage_errors_named(path.parent, "Give a folder that can be written to, with room in it."):
+    with (
+        _quiet_exporter(),
+        storage_errors_named(path.parent, "Give a folder that can be written to, with room in it."),
+    ):
         program, shapes = _trace(model, k)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Written last, they say that all files are of one model.

@@ -162,7 +162,7 @@ def add_adapter(backbone: PreTrainedModel, peft_config):
         [`~peft.PeftModel`]
 
     Raises:
-        ConfigurationError: PEFT finds nothing to adapt, or the kind works by virtual tokens.
+        ConfigurationError: PEFT finds nothing to adapt, or the kind works by virtual tokens or asks for more inputs.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -175,8 +175,10 @@ def add_adapter(backbone: PreTrainedModel, peft_config):
     if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
         peft_config.target_modules = "all-linear"
     try:
-        return get_peft_model(backbone, peft_config)
-    except ValueError as error:
+        adapted = get_peft_model(backbone, peft_config)
+        check_causal(adapted)  # some kinds ask for inputs of their own, and say so only now
+        return adapted
+    except (AttributeError, ValueError) as error:
         raise ConfigurationError(f"PEFT cannot adapt {type(backbone).__name__}: {error}") from error
 
 

@@ -5,7 +5,16 @@ import json
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, VeraConfig
+from peft import (
+    AdaptionPromptConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PolyConfig,
+    PromptTuningConfig,
+    VeraConfig,
+)
 from transformers import AutoModel
 
 from llmd4rec_hf import LLMRecommender
@@ -72,8 +81,14 @@ def test_lora_gets_all_linear_layers(tiny_folder):
 def test_refused_adapters(tiny_folder):
     with pytest.raises(ConfigurationError, match="PromptTuningConfig adds virtual tokens"):
         LLMRecommender.from_backbone(tiny_folder, 12, peft_config=PromptTuningConfig(num_virtual_tokens=2))
-    with pytest.raises(ConfigurationError, match="PEFT cannot adapt LlamaModel"):
-        LLMRecommender.from_backbone(tiny_folder, 12, peft_config=LoraConfig(target_modules=["nothing"]))
+    for given in (
+        LoraConfig(target_modules=["nothing"]),
+        # The one asks for a task per row, the other, told so, for the language-model head.
+        PolyConfig(target_modules=["q_proj"]),
+        AdaptionPromptConfig(adapter_layers=1, adapter_len=2, task_type="CAUSAL_LM"),
+    ):
+        with pytest.raises(ConfigurationError, match="PEFT cannot adapt LlamaModel"):
+            LLMRecommender.from_backbone(tiny_folder, 12, peft_config=given)
 
 
 def test_an_adapter_on_another_base(make_llm, tmp_path):
