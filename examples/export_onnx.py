@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=whole_number,
         default=64,
         metavar="N",
-        help="random histories to compare with the model (%(default)s)",
+        help="histories to compare with the model (%(default)s)",
     )
     return parser
 

@@ -79,7 +79,7 @@ def export_model(
     path = Path(output_dir, FILES[format])
     with (
         _quiet_exporter(),
-        storage_errors_named(path.parent, "Give a folder that can be written to, with room in it."),
+        storage_errors_named(path.parent, "Give a folder with room that can be written to."),
     ):
         program, shapes = _trace(model, k)
         path.parent.mkdir(parents=True, exist_ok=True)

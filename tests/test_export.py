@@ -211,6 +211,6 @@ def test_what_cannot_be_exported(make_llm, make_crm, vocabulary, tmp_path):
 
 def test_a_place_that_is_a_file(tmp_path):
     (tmp_path / "out").write_text("something")
-    with pytest.raises(StorageError, match=r"Cannot write to .*out \(.*Give a folder that can be written to"):
+    with pytest.raises(StorageError, match=r"Cannot write to .*out \(.*Give a folder with room"):
         export_model(sasrec(), tmp_path / "out", k=3)
     assert (tmp_path / "out").read_text() == "something"
