@@ -57,7 +57,8 @@ class DistillationTrainer(HistoryTrainer):
     Differences: the default collator is [`SequenceCollator`]; `compute_metrics` is given ranks (1 is best) of shape
     `(n,)` as `predictions` and the true items `(n,)` as `label_ids`, since scores over all items would not fit into
     memory, with `length_bucketing` in the order of the rows' lengths; `eval_loss` is the cross-entropy of the ranked
-    item, not of all positions; another loss (`label_smoothing_factor`, `compute_loss_func`) is refused.
+    item, not of all positions; another loss (`label_smoothing_factor`, `compute_loss_func`), `neftune_noise_alpha` and
+    `eval_do_concat_batches=False` are refused.
 
     Args:
         model ([`RecommenderModel`]): the student.
@@ -93,7 +94,7 @@ class DistillationTrainer(HistoryTrainer):
         self._teacher_items: torch.Tensor | None = None
         kwargs.setdefault("compute_metrics", _ranking_metrics)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
-        self._refuse_other_losses()
+        self._refuse_what_has_no_effect()
         self.model_accepts_loss_kwargs = True
         self._loss_chunks = LossChunks(self.settings.loss_chunk_size)
         self._loss_sums = LossSums(self.args.device)
@@ -104,16 +105,16 @@ class DistillationTrainer(HistoryTrainer):
         if teacher is not None:
             self._check_teacher(teacher)
 
-    def _refuse_other_losses(self) -> None:
-        for name, value in (
-            ("label_smoothing_factor", self.args.label_smoothing_factor),
-            ("compute_loss_func", self.compute_loss_func),
+    def _refuse_what_has_no_effect(self) -> None:
+        own_loss = "the loss is this trainer's own, in compute_loss"
+        for name, is_set, reason in (
+            ("label_smoothing_factor", self.args.label_smoothing_factor, own_loss),
+            ("compute_loss_func", self.compute_loss_func, own_loss),
+            ("neftune_noise_alpha", self.args.neftune_noise_alpha, "histories do not enter by the token embeddings"),
+            ("eval_do_concat_batches=False", not self.args.eval_do_concat_batches, "ranks are one array"),
         ):
-            if value:
-                raise ConfigurationError(
-                    f"{name} would change nothing: the loss is this trainer's own. Leave it out, or override "
-                    "compute_loss."
-                )
+            if is_set:
+                raise ConfigurationError(f"{name} would change nothing: {reason}. Leave it out.")
 
     def call_model_init(self, trial=None):
         """As in `Trainer`; the collator and what a teacher injects follow the new model."""

@@ -341,12 +341,19 @@ def test_each_process_may_have_its_own_mean(make_crm, arguments, splits, monkeyp
     assert [float(trainer._loss_divisor(torch.ones(3), count)) for count in (5, torch.tensor(0))] == list(divisors)
 
 
-@pytest.mark.parametrize("name", ["label_smoothing_factor", "compute_loss_func"])
-def test_another_loss_is_refused(make_crm, arguments, name):
-    args = arguments(label_smoothing_factor=0.1 if name == "label_smoothing_factor" else 0.0)
-    function = (lambda *_: 0) if name == "compute_loss_func" else None
-    with pytest.raises(ConfigurationError, match=f"{name} would change nothing"):
-        CRMTrainer(make_crm(), args, compute_loss_func=function)
+@pytest.mark.parametrize(
+    ("options", "function"),
+    [
+        ({"label_smoothing_factor": 0.1}, None),
+        ({"neftune_noise_alpha": 5.0}, None),
+        ({"eval_do_concat_batches": False}, None),
+        ({}, lambda *_: 0),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(make_crm, arguments, options, function):
+    (name,) = options or ["compute_loss_func"]
+    with pytest.raises(ConfigurationError, match=f"{name}.* would change nothing"):
+        CRMTrainer(make_crm(), arguments(**options), compute_loss_func=function)
 
 
 def test_a_prediction_of_the_loss_alone(make_crm, arguments, splits):
