@@ -128,6 +128,13 @@ class DistillationArguments(DistillationSettings, TrainingArguments):
         # Pinned memory speeds up copies to an accelerator; without one torch warns at every epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
         DistillationSettings.__post_init__(self)
+        # Releases of `Trainer` differ in whether they have it.
+        strategy = getattr(self, "train_sampling_strategy", "random")
+        if self.length_bucketing and strategy != "random":
+            raise ConfigurationError(
+                f"train_sampling_strategy={strategy!r} and length_bucketing, which is on by default, both say which "
+                "histories share a batch: set length_bucketing=False, or leave the other out."
+            )
         if self.max_positions_per_batch is not None:
             self._check_batching()
 

@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 import pytest
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
-from llmd4rec_hf import CRMArguments, MutualDistillArguments
+from llmd4rec_hf import CRMArguments, CRMTrainer, MutualDistillArguments
 from llmd4rec_hf.errors import ConfigurationError
 
 
@@ -42,3 +42,14 @@ def test_command_line_reads_every_field(arguments_class, tmp_path):
 
 def test_no_pinned_memory_without_an_accelerator(tmp_path):
     assert not CRMArguments(str(tmp_path), use_cpu=True).dataloader_pin_memory
+
+
+@pytest.mark.skipif(
+    "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__, reason="transformers knows no strategies"
+)
+def test_one_choice_of_what_shares_a_batch(tmp_path, make_crm, splits):
+    with pytest.raises(ConfigurationError, match="'sequential' and length_bucketing, .* set length_bucketing=False"):
+        CRMArguments(str(tmp_path), use_cpu=True, train_sampling_strategy="sequential")
+    args = CRMArguments(str(tmp_path), use_cpu=True, train_sampling_strategy="sequential", length_bucketing=False)
+    sampler = CRMTrainer(make_crm(), args, splits["train"]).get_train_dataloader().sampler
+    assert list(sampler) == list(range(len(splits["train"])))
