@@ -67,6 +67,39 @@ def load_backbone(
         raise ConfigurationError(_cannot_load("language model", name, error)) from error
 
 
+def load_base(source: str, config, name: str | os.PathLike | None, *args, **kwargs) -> PreTrainedModel:
+    """
+    The base model that a saved recommender lies upon, from `name` or from where its configuration says.
+
+    Args:
+        source (`str`): names the recommender in messages.
+        config ([`LLMRecommenderConfig`]): its configuration.
+        name (`str`, *optional*): folder or Hub id.
+        args, kwargs: as for [`load_backbone`].
+
+    Raises:
+        ConfigurationError: there is no such model, or it cannot be loaded.
+    """
+    if name is None:
+        name, place = config.backbone_name_or_path, {"revision": config.backbone_revision}
+        place["subfolder"] = config.backbone_subfolder
+        kwargs |= {key: value for key, value in place.items() if value is not None}
+    try:
+        return load_backbone(name, *args, **kwargs)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"{source} needs its base model. {error} If it has moved, give its place, or the loaded model, as "
+            "`backbone=`."
+        ) from error
+
+
+def build_backbone(settings: dict, dtype: torch.dtype | str, **kwargs) -> PreTrainedModel:
+    """A backbone of a configuration as plain data, with random weights; `kwargs` as for `AutoModel.from_config`."""
+    if dtype != "auto":
+        kwargs["dtype"] = dtype
+    return AutoModel.from_config(AutoConfig.for_model(**settings), **kwargs)
+
+
 def ready_for_training(backbone: PreTrainedModel) -> PreTrainedModel:
     """Freeze quantised weights, bring the others to full precision, and keep evaluation from changing them."""
     if not getattr(backbone, "is_quantized", False):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from ..errors import ConfigurationError
@@ -47,7 +47,7 @@ class LLMRecommender(RecommenderModel):
 
     def __init__(self, config: LLMRecommenderConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
-        backbone = backbone or AutoModel.from_config(AutoConfig.for_model(**config.backbone_config))
+        backbone = backbone or base.build_backbone(config.backbone_config, "auto")
         width, rows = base.hidden_width(backbone), config.num_items + 1
         # Where the backbone is: a quantised one cannot be moved. In full precision, whatever the backbone has.
         place = {"device": backbone.device, "dtype": torch.float32}
@@ -449,26 +449,16 @@ class LLMRecommender(RecommenderModel):
         # `revision` and `subfolder` are the recommender's; the last two are what `AutoModel` hands on.
         own = ("revision", "subfolder", "adapter_kwargs", "_from_auto")
         options = {key: value for key, value in kwargs.items() if key not in own}
-        if adapter is None and backbone is None:
-            options = {key: value for key, value in options.items() if key not in hub_kwargs}
-            if dtype != "auto":
-                options["dtype"] = dtype
-            backbone = AutoModel.from_config(AutoConfig.for_model(**config.backbone_config), **options)
-        elif not isinstance(backbone, PreTrainedModel):
-            name = backbone or config.backbone_name_or_path
-            if backbone is None:
-                place = {"revision": config.backbone_revision, "subfolder": config.backbone_subfolder}
-                options |= {key: value for key, value in place.items() if value is not None}
-            try:
-                backbone = base.load_backbone(name, dtype, quantization_config, trust_remote_code, **options)
-            except ConfigurationError as error:
-                raise ConfigurationError(
-                    f"{source} needs its base model. {error} If it has moved, give its place, or the loaded model, as "
-                    "`backbone=`."
-                ) from error
-        else:
+        if isinstance(backbone, PreTrainedModel):
             base.check_bare(backbone)
             base.check_causal(backbone)
+        elif adapter is None and backbone is None:
+            options = {key: value for key, value in options.items() if key not in hub_kwargs}
+            backbone = base.build_backbone(config.backbone_config, dtype, **options)
+        else:
+            backbone = base.load_base(
+                source, config, backbone, dtype, quantization_config, trust_remote_code, **options
+            )
         model = cls(config, base.ready_for_training(backbone))
         if adapter is not None:
             folder = os.path.dirname(cached_file(source, base.ADAPTER_WEIGHTS_NAME, **hub_kwargs))
