@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 
 from ..errors import ConfigurationError
 from ..modes import evaluating
+from .dropout import use_cheap_masks
 from .recommender import hub_arguments
 
 
@@ -209,6 +210,7 @@ def add_adapter(backbone: PreTrainedModel, peft_config):
         peft_config.target_modules = "all-linear"
     try:
         adapted = get_peft_model(backbone, peft_config)
+        use_cheap_masks(adapted)
         check_causal(adapted)  # some kinds ask for inputs of their own, and say so only now
         return adapted
     except (AttributeError, ValueError) as error:
@@ -220,9 +222,11 @@ def load_adapter(backbone: PreTrainedModel, folder: str, is_trainable: bool):
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(backbone, folder, is_trainable=is_trainable)
+        adapted = PeftModel.from_pretrained(backbone, folder, is_trainable=is_trainable)
     except (RuntimeError, ValueError) as error:
         raise ConfigurationError(f"The adapter does not fit this {type(backbone).__name__}: {error}") from error
+    use_cheap_masks(adapted)
+    return adapted
 
 
 def adapter_state(backbone, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 from ..errors import ConfigurationError
 from . import backbone as base
-from .dropout import Dropout
+from .dropout import Dropout, use_cheap_masks
 from .item_text import average_of_alike, encode_more_texts, encode_texts, principal_item_vectors
 from .llm_config import LLMRecommenderConfig
 from .prompt import DEFAULT_PROMPT, split_prompt
@@ -52,6 +52,7 @@ class LLMRecommender(RecommenderModel):
         # Where the backbone is: a quantised one cannot be moved. In full precision, whatever the backbone has.
         place = {"device": backbone.device, "dtype": torch.float32}
         self.backbone = backbone
+        use_cheap_masks(backbone)
         self.dropout = Dropout(config.dropout)
         self.input_projection = nn.Linear(config.item_dim, width, **place)
         self.item_head = nn.Linear(width, rows, bias=False, **place)

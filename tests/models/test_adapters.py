@@ -19,6 +19,7 @@ from transformers import AutoModel
 
 from llmd4rec_hf import LLMRecommender
 from llmd4rec_hf.errors import ConfigurationError
+from llmd4rec_hf.models.dropout import Dropout
 
 
 KINDS = {
@@ -76,6 +77,14 @@ def test_lora_gets_all_linear_layers(tiny_folder):
     given = LoraConfig(r=2, target_modules="all-linear")
     LLMRecommender.from_backbone(tiny_folder, 12, peft_config=given)
     assert given.target_modules == "all-linear"
+
+
+def test_dropouts_of_an_adapter_draw_cheap_masks(tiny_folder, tmp_path):
+    built = LLMRecommender.from_backbone(tiny_folder, 12, peft_config=LoraConfig(r=2, lora_dropout=0.1))
+    built.save_pretrained(tmp_path)
+    for model in (built, LLMRecommender.from_pretrained(tmp_path, is_trainable=True)):
+        kinds = {type(part) for name, part in model.named_modules() if name.endswith("lora_dropout.default")}
+        assert kinds == {Dropout}
 
 
 def test_refused_adapters(tiny_folder):
