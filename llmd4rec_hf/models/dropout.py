@@ -19,7 +19,9 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not self.training or not 0 < self.p < 1 or input.device.type != "cpu":
+        # A compiler makes its own masks, at the place where they are read.
+        as_torch = input.device.type != "cpu" or torch.compiler.is_compiling()
+        if not self.training or not 0 < self.p < 1 or as_torch:
             return super().forward(input)
         dropped = min(round(self.p * _PARTS), _PARTS - 1)
         words = torch.empty(-(-input.numel() // 4), dtype=torch.int64)

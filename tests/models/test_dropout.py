@@ -46,6 +46,11 @@ def test_rates_at_the_ends_of_what_bits_can_say():
     assert Dropout(1 - 1e-9)(inputs).isfinite().all()
 
 
+def test_a_compiler_sees_torchs_own():
+    compiled = torch.compile(Dropout(0.5), backend="eager", fullgraph=True)
+    assert set(compiled(torch.ones(100)).tolist()) == {0.0, 2.0}
+
+
 def test_inputs_that_do_not_lie_in_a_row():
     torch.manual_seed(0)
     inputs = torch.arange(1.0, 13).view(3, 4).T
