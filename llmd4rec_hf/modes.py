@@ -11,10 +11,11 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards the mode from before, whatever happened."""
-    was_training = model.training
+    """Evaluation mode inside; afterwards each part is in the mode from before, whatever happened."""
+    modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for part, was_training in modes:
+            part.training = was_training

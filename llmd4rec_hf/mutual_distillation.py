@@ -60,6 +60,8 @@ RESULTS_NAME = "results.json"
 METRIC = "ndcg@10"
 REFRESH_MODES = ("copy", "off")
 CRM_TEACHERS = ("llm", "both")
+# What each split is for, for messages.
+USES = {"train": "learn from", "validation": "choose the best by", "test": "test on"}
 FRESH_STUDENTS = {"none": (), "llm": ("llm",), "crm": ("crm",), "both": ("llm", "crm")}
 
 
@@ -171,6 +173,8 @@ class MutualDistillation:
         for name in ("train", "validation", "test"):
             if name not in self.sequences:
                 raise ConfigurationError(f"sequences must hold train, validation and test; {name} is missing.")
+            if len(self.sequences[name]) == 0:
+                raise ConfigurationError(f"The {name} sequences are empty: there is nothing to {USES[name]}.")
         for side, model in self.models.items():
             if model.config.num_items != len(self.vocabulary):
                 raise ConfigurationError(

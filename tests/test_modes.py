@@ -16,3 +16,11 @@ def test_the_mode_comes_back(training):
     with pytest.raises(KeyError), evaluating(model):
         raise KeyError
     assert model.training is model[0].training is training
+
+
+def test_each_part_is_as_it_was():
+    model = nn.Sequential(nn.Dropout(), nn.Dropout())
+    model[0].eval()
+    with evaluating(model):
+        assert not model[1].training
+    assert [model.training, model[0].training, model[1].training] == [True, False, True]

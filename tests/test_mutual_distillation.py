@@ -353,6 +353,13 @@ def test_bad_arguments_are_named(make_run, tmp_path):
         make_run("x", llm_args={"seen_items": "keep"})
 
 
+@pytest.mark.parametrize("name", ["train", "validation", "test"])
+def test_an_empty_split_is_named_before_anything_is_trained(make_run, splits, monkeypatch, name):
+    monkeypatch.setitem(splits, name, splits[name].select([]))
+    with pytest.raises(ConfigurationError, match=f"The {name} sequences are empty"):
+        make_run("empty")
+
+
 def test_item_vectors_of_the_teacher_need_a_crm_that_begins_anew(make_run):
     with pytest.raises(ConfigurationError, match="fresh_students"):
         make_run("warm", crm_args={"init_item_vectors": True})

@@ -10,6 +10,7 @@ for the student's hidden states and item matrix. The backward pass only scales t
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -119,12 +120,12 @@ def distillation_loss(
 
     Raises:
         ConfigurationError: shapes that do not fit, labels outside 1..N, a teacher over another catalogue, a
-            temperature that is not positive, an unknown weighting.
+            temperature that is not positive and finite, a chunk size below 1, an unknown weighting.
 
     Source: LLMD4Rec (arXiv 2505.18120), `L_down` and `L_up`. Computing the gradient in the forward pass, chunk by
     chunk, follows the idea of Liger-Kernel's fused linear losses.
     """
-    check_options(temperature, weighting, rank_base)
+    check_options(temperature, weighting, rank_base, chunk_size)
     _check_shapes(hidden, item_matrix, labels, teacher_hidden, teacher_item_matrix)
     check_lists(teacher_lists, len(labels), item_matrix.shape[0] - 1, teacher_hidden)
     teacher = teacher_hidden if teacher_lists is None else teacher_lists
@@ -215,10 +216,12 @@ def _spread(ranks: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return ranks if ranks.numel() == keep.numel() else ranks.new_zeros(keep.shape).masked_scatter_(keep, ranks)
 
 
-def check_options(temperature: float, weighting: str, rank_base: int) -> None:
+def check_options(temperature: float, weighting: str, rank_base: int, chunk_size: int | None) -> None:
     """Raise for settings that no loss can be computed with."""
-    if not temperature > 0:
-        raise ConfigurationError(f"temperature must be positive, got {temperature!r}.")
+    if not 0 < temperature < math.inf:
+        raise ConfigurationError(f"temperature must be positive and finite, got {temperature!r}.")
+    if chunk_size is not None and chunk_size < 1:
+        raise ConfigurationError(f"chunk_size must be at least 1, or left out, got {chunk_size!r}.")
     if weighting not in WEIGHTINGS:
         raise ConfigurationError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}.")
     if rank_base not in (0, 1):

@@ -116,7 +116,7 @@ def sampled_distillation_loss(
     Source: the estimate of a softmax's normaliser by uniform sampling is that of Bengio & Senécal (2003) and Jean et
     al. (2015, arXiv 1412.2007), section 3.
     """
-    check_options(temperature, weighting, rank_base)
+    check_options(temperature, weighting, rank_base, chunk_size)
     _check_shapes(hidden, item_vectors, labels, teacher_hidden, teacher_item_vectors, negatives)
     check_labels(labels, num_items)
     check_lists(teacher_lists, len(labels), num_items, teacher_hidden)

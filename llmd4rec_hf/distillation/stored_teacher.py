@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -28,6 +29,10 @@ logger = logging.get_logger(__name__)
 
 OFFSETS_NAME = "offsets.npy"
 VOCABULARY_NAME = "vocabulary.json"
+# All that a folder may hold which a new cache takes the place of.
+_CACHE_FILES = re.compile(
+    r"(manifest|vocabulary)\.json(\.partial)?|offsets\.npy|item_matrix\.safetensors|\w+-\d+-of-\d+\.npy"
+)
 _FACTS = {"num_items", "max_length", "positions", "data_hash", "teacher_hash", "shards", "files"}
 
 
@@ -201,10 +206,12 @@ class StoredTeacher(ABC):
             encode (`Callable`): from that folder and the indices of rows, longest first, to batches of row ids `(P,)`,
                 positions in the row `(P,)` and records `(P,)`.
         """
-        directory = Path(directory)
+        # In full: `.` has no name that another could be beside, and `..` is not the folder that it stands in.
+        directory = Path(directory).resolve()
         partial = directory.with_name(directory.name + ".partial")
 
         def prepare():
+            _refuse_other_files(directory)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             return begin(partial)
@@ -263,6 +270,19 @@ class StoredTeacher(ABC):
     @abstractmethod
     def _hash_of(teacher) -> str:
         """What tells a teacher from others."""
+
+
+def _refuse_other_files(directory: Path) -> None:
+    """Raise where what a cache would take the place of is no cache, whole or damaged."""
+    if directory.exists() and not directory.is_dir():
+        raise CacheError(f"{directory} is a file: give the teacher cache a folder.")
+    names = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+    others = [name for name in names if not _CACHE_FILES.fullmatch(name)]
+    if others:
+        raise CacheError(
+            f"{directory} holds {others[0]!r}, which is no part of a teacher cache, and would be lost: give a "
+            "folder of its own."
+        )
 
 
 def position_counts(dataset: Dataset, max_length: int) -> np.ndarray:

@@ -70,8 +70,8 @@ class RecommenderEnsemble(RecommenderModel):
             )
         )
         self.members = nn.ModuleList(members)
-        # What saves and restores its mode, as whoever asks a teacher does, leaves them as they are.
-        self.train(any(member.training for member in members))
+        # Its own alone: members stay in theirs.
+        self.training = any(member.training for member in members)
         self.vocabulary = next((m.vocabulary for m in members if m.vocabulary is not None), None)
 
     def item_matrix(self) -> torch.Tensor:

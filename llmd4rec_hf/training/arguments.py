@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import SchedulerType, TrainingArguments
@@ -78,8 +79,8 @@ class DistillationSettings:
     )
 
     def __post_init__(self):
-        if not self.temperature > 0:
-            raise ConfigurationError(f"temperature must be positive, got {self.temperature}.")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigurationError(f"temperature must be positive and finite, got {self.temperature}.")
         if not self.kl_weight >= 0:
             raise ConfigurationError(f"kl_weight must not be negative, got {self.kl_weight}.")
         at_least_one = ("loss_chunk_size", "num_sampled_items", "max_positions_per_batch", "early_stopping_patience")

@@ -70,6 +70,8 @@ def _dropout_rates(model: nn.Module) -> dict[tuple[nn.Module, str], float]:
     for layer in model.modules():
         name = "p" if isinstance(layer, nn.Dropout) else "dropout"
         rate = getattr(layer, name, None)
-        if isinstance(rate, float):
+        # Between recurrent layers there is none unless the model asks for it: its outputs have another.
+        unused = isinstance(layer, nn.RNNBase) and rate == 0
+        if isinstance(rate, (int, float)) and not isinstance(rate, bool) and not unused:
             rates[layer, name] = rate
     return rates

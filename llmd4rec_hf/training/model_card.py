@@ -207,8 +207,9 @@ def trainer_card(
         "batch": batch,
         "steps": f"{trainer.state.global_step} ({trainer.state.epoch or 0:.4g} epochs), seed {args.seed}",
     }
-    if settings.num_sampled_items is not None:
-        rows["loss"] = f"over the true items and {settings.num_sampled_items:,} others, drawn for each step"
+    size = settings.num_sampled_items
+    if size is not None and size < model.config.num_items:
+        rows["loss"] = f"over the true items and {size:,} others, drawn for each step"
     training = "It was trained without a teacher."
     if has_teacher:
         rows["distillation"] = (

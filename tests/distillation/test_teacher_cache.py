@@ -222,6 +222,25 @@ def test_a_teacher_that_diverged_is_named(dataset, tmp_path, width, what):
         TeacherCache.build(teacher, dataset, tmp_path / "cache", max_error=0.01)
 
 
+def test_a_folder_of_something_else_is_left_alone(teacher, dataset, tmp_path):
+    folder = tmp_path / "mine"
+    TeacherCache.build(teacher, dataset, folder)
+    (folder / "thesis.txt").write_text("all of it")
+    for build in (TeacherCache.build, TeacherCache.for_teacher):
+        with pytest.raises(CacheError, match="mine holds 'thesis.txt', which is no part of a teacher cache"):
+            build(make_teacher(seed=5), dataset, folder / ".." / "mine")
+    assert (folder / "thesis.txt").read_text() == "all of it"
+    with pytest.raises(CacheError, match="is a file: give the teacher cache a folder"):
+        TeacherCache.build(teacher, dataset, folder / "thesis.txt")
+
+
+def test_the_folder_one_stands_in(teacher, dataset, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    TeacherCache.build(teacher, dataset, ".")
+    assert (tmp_path / "here" / "manifest.json").is_file()
+
+
 # --- building --------------------------------------------------------------------------------------------------------
 
 
@@ -257,14 +276,14 @@ def test_a_file_with_python_objects_is_refused(cache):
 
 
 def test_build_replaces_what_is_there(cache, dataset, tmp_path):
-    (cache.directory / "stray").touch()
+    (cache.directory / "hidden-00001-of-00002.npy").touch()
     leftover = tmp_path / "cache.partial"
     leftover.mkdir()
     (leftover / "torn").touch()
     other = make_teacher(1)
     rebuilt = TeacherCache.build(other, dataset, cache.directory)
     rebuilt.check(teacher=other)
-    assert not (cache.directory / "stray").exists()
+    assert not (cache.directory / "hidden-00001-of-00002.npy").exists()
     assert not leftover.exists()
 
 

@@ -66,6 +66,20 @@ def test_rows_that_only_just_need_no_shift_and_those_that_do(temperature, of_lim
     assert_same(*chunked(given, **options), dense(given, **options), given.labels, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "temperature"), [(60.0, -60.0, 1.0), (-60.0, 60.0, 1.0), (100.0, 1.0, 2.0)]
+)
+def test_rows_whose_quotients_or_powers_alone_would_overflow(student, teacher, temperature):
+    """Each model's exponents are within the limit: not so the quotient of their sums, or the plain softmax's."""
+    given = problem(seed=3)
+    steps = torch.arange(len(given.items), dtype=torch.float64).unsqueeze(1) * 0.1
+    given.hidden, given.teacher_hidden = torch.ones(2, len(given.labels), 1, dtype=torch.float64)
+    given.hidden.requires_grad_()
+    given.items, given.teacher_items = (student + steps).requires_grad_(), teacher - steps
+    options = {"temperature": temperature, "weighting": "none"}
+    assert_same(*chunked(given, **options), dense(given, **options), given.labels, rtol=1e-3, atol=1e-4)
+
+
 def test_a_teacher_alone_can_need_a_shift():
     """All of its exponents are large, and the student's are next to nothing: sums and products must not overflow."""
     given = problem(seed=3)

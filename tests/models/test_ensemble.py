@@ -96,3 +96,10 @@ def test_its_mode_is_that_of_its_members(members, training):
     for member in members:
         member.train(training)
     assert RecommenderEnsemble(members).training is training
+
+
+def test_members_stay_in_their_modes(members, splits, tmp_path):
+    members[0].eval()
+    members[1].train()
+    TeacherCache.build(RecommenderEnsemble(members), splits["train"], tmp_path / "cache")
+    assert [member.training for member in members[:2]] == [False, True]

@@ -80,7 +80,9 @@ def test_the_best_evaluation_is_shown(make_crm, args, card):
 def test_what_a_step_holds_is_stated(make_crm, args, card):
     assert "| batch | 256 histories |" in card(CRMTrainer(make_crm(), args))[1]
     args.max_positions_per_batch, args.num_sampled_items = 512, 4096
-    text = card(CRMTrainer(make_crm(), args))[1]
+    # Of fewer items than that the loss takes all.
+    assert "others, drawn for each step" not in card(CRMTrainer(make_crm(), args))[1]
+    text = card(CRMTrainer(make_crm(num_items=5000), args))[1]
     assert "| batch | 1 x at most 512 padded positions |" in text
     assert "| loss | over the true items and 4,096 others, drawn for each step |" in text
 

@@ -301,14 +301,27 @@ def test_dropout_with_a_teacher_ends_with_the_training(kind, make_crm, arguments
     assert not torch.equal(model.encode(ids), model.encode(ids))
 
 
-def test_dropout_with_a_teacher_is_also_that_of_a_student_without_any(make_crm, arguments, splits):
+@pytest.mark.parametrize("none", [0.0, 0])
+def test_dropout_with_a_teacher_is_also_that_of_a_student_without_any(make_crm, arguments, splits, none):
     def trained(rate):
-        model = make_crm(0, dropout=0.0)
+        model = make_crm(0, dropout=none)
         train(model, arguments(str(rate), num_train_epochs=1, dropout_with_teacher=rate), splits, make_crm(1))
         return model
 
     assert not torch.equal(weights(trained(0.5)), weights(trained(0.0)))
     assert trained(0.5).dropout.p == 0.0
+
+
+def test_dropout_with_a_teacher_comes_where_the_model_has_one(make_crm, arguments, splits):
+    """A GRU of several layers has a dropout between them, which is never on."""
+
+    def trained(rate):
+        torch.manual_seed(0)
+        model = GRU4RecModel(GRU4RecConfig(num_items=12, hidden_size=8, num_layers=2, dropout=0.5))
+        train(model, arguments(str(rate), num_train_epochs=1, dropout_with_teacher=rate), splits, make_crm(1))
+        return weights(model)
+
+    assert torch.equal(trained(0.5), trained(None))
 
 
 def test_a_new_students_own_dropout_is_back_too(make_crm, arguments, splits):
