@@ -94,7 +94,8 @@ class ListedTeacherCache(StoredTeacher):
         Args:
             teacher (`Callable`): the function. Lists that were logged are found by their history, e.g. in a `dict`.
             dataset ([`~datasets.Dataset`]): rows with `item_ids`, `length` and unique non-negative `row_id`.
-            directory (`str` or `os.PathLike`): where to write; a cache that is there is replaced.
+            directory (`str` or `os.PathLike`): where to write; a cache that is there is replaced, and
+                nothing else ever is.
             name (`str`): what tells this teacher from others, with its revision: a black box has no weights to hash.
             vocabulary ([`ItemVocabulary`], *optional*): with it, the teacher is given and gives external ids.
             num_items (`int`, *optional*): number of items N, in place of a vocabulary: ids are then 1..N.

@@ -102,7 +102,8 @@ class TeacherCache(StoredTeacher):
         Args:
             teacher ([`RecommenderModel`]): in evaluation mode while it runs; its weights are not touched.
             dataset ([`~datasets.Dataset`]): rows with `item_ids`, `length` and unique non-negative `row_id`.
-            directory (`str` or `os.PathLike`): where to write; a cache that is there is replaced.
+            directory (`str` or `os.PathLike`): where to write; a cache that is there is replaced, and
+                nothing else ever is.
             max_length (`int`, *optional*): longest history in items; the teacher's own by default.
             batch_size (`int`, *optional*, defaults to 128): rows per forward pass.
             max_error (`float`, *optional*, defaults to 0.0): how far the scores of a wide teacher may be off, root
@@ -112,7 +113,8 @@ class TeacherCache(StoredTeacher):
             [`TeacherCache`]
 
         Raises:
-            CacheError: hidden states that are not finite, row ids that repeat or are negative.
+            CacheError: hidden states that are not finite, row ids that repeat or are negative, a folder that holds
+                other files.
             ConfigurationError: a negative `max_error`, a `max_length` that the teacher cannot read.
         """
         if not max_error >= 0:
