@@ -184,6 +184,8 @@ class DistillationTrainer(HistoryTrainer):
         rows, num_items = self.train_dataset, self.model.config.num_items
         if not isinstance(rows, Dataset) or "item_ids" not in rows.column_names:
             return
+        if len(rows) == 0:
+            raise ConfigurationError("The training set is empty: there is nothing to learn from.")
         _, highest = item_id_range(rows)
         if highest > num_items:
             raise ConfigurationError(

@@ -369,6 +369,11 @@ def test_what_would_have_no_effect_is_refused(make_crm, arguments, options, func
         CRMTrainer(make_crm(), arguments(**options), compute_loss_func=function)
 
 
+def test_an_empty_training_set_is_named(make_crm, arguments, splits):
+    with pytest.raises(ConfigurationError, match="The training set is empty"):
+        CRMTrainer(make_crm(), arguments(), splits["train"].select([])).train()
+
+
 def test_a_prediction_of_the_loss_alone(make_crm, arguments, splits):
     output = CRMTrainer(make_crm(), arguments(prediction_loss_only=True)).predict(splits["test"])
     assert output.predictions is None
