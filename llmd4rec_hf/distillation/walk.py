@@ -26,9 +26,9 @@ from .weighting import WEIGHTINGS, TargetOutcome, rank_weights
 # that a CPU's caches do not hold, on some from 9 MB on, halves the rate of narrow products.
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 _MIN_CHUNK_ROWS = 64
-# Bytes of one slice x items buffer, of which a step holds three at most. On a CPU they should stay in the caches; on a
-# GPU launch overhead asks for more.
-_SLICE_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+# Bytes of one slice x items buffer, of which a step holds three at most: on a CPU for each of its threads, and so few
+# that they stay in its core's own cache; on a GPU launch overhead asks for more.
+_SLICE_BYTES = {"cpu": 768 << 10, "cuda": 256 << 20}
 # Items that go into one float32 product of scores on a CPU: a whole catalogue at once takes up to twice as long on
 # some, since MKL first repacks it all into memory of its own, and few at once waste the rows that were read for them.
 _SCORE_BLOCK_ITEMS = 1024
@@ -72,17 +72,20 @@ def default_chunk_size(num_items: int, device: torch.device | str, dtype: torch.
 
 def default_slice_size(num_items: int, device: torch.device | str) -> int:
     """Rows per slice, likewise for what is computed between matrix products, in float32."""
-    return _rows(_SLICE_BYTES, num_items, device, torch.float32)
+    threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
+    return _rows(_SLICE_BYTES, num_items, device, torch.float32, threads)
 
 
-def _rows(budgets: dict[str, int], num_items: int, device: torch.device | str, dtype: torch.dtype) -> int:
-    return max(1, budgets.get(torch.device(device).type, budgets["cuda"]) // (dtype.itemsize * num_items))
+def _rows(budgets: dict[str, int], num_items: int, device, dtype: torch.dtype, times: int = 1) -> int:
+    return max(1, times * budgets.get(torch.device(device).type, budgets["cuda"]) // (dtype.itemsize * num_items))
 
 
 class Walk:
     """
     One pass over all positions. Matrix products are taken in chunks of many rows, which they want; everything between
-    them in slices of few, which stay in the caches of a CPU. Nothing but float32 is computed with between products.
+    them in slices of few, which stay in the caches of a CPU. What a slice's gradient does not depend on is left until
+    all are gone through, since calls cost more than numbers there. Nothing but float32 is computed with between
+    products.
 
     Attributes:
         ranks (two `torch.LongTensor` of shape `(P,)`): the true items' under the student and under the teacher; zeros
@@ -98,18 +101,24 @@ class Walk:
         self.chunk_rows = max(1, min(settings.chunk_size, positions))
         self.slice_rows = min(self.chunk_rows, default_slice_size(num_items, hidden.device))
         sizes = settings.exponent_scale, settings.matmul_dtype, self.chunk_rows, self.slice_rows
-        self.student = _Side(hidden, item_matrix, *sizes)
+        self.student = _ScoredSide(self.targets, hidden, item_matrix, *sizes)
         self.teacher = None
         if isinstance(teacher, ListedScores):
-            self.teacher = _ListedSide(teacher, num_items, settings.exponent_scale, self.slice_rows)
+            self.teacher = _ListedSide(self.targets, teacher, num_items, settings.exponent_scale, self.slice_rows)
         elif teacher is not None:
-            self.teacher = _Side(teacher, teacher_item_matrix, *sizes)
+            self.teacher = _ScoredSide(self.targets, teacher, teacher_item_matrix, *sizes)
         self.shifted = not self._within_float32()
         empty = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
         self.buffer = empty(self.slice_rows, num_items)
-        self.ranks = [labels.new_zeros(positions) for _ in range(2)]
+        # Of the student's plain softmax, of the differences of both exponents by the teacher's numerators, and of the
+        # distances of both softened distributions.
+        self.normalizers, self.cross, self.distances = empty(3, positions)
         self.cross_entropy, self.kl, self.weights, self.agreement = empty(4, positions).zero_()
         self.gradients = (empty(hidden.shape), empty(item_matrix.shape).zero_()) if need_gradients else None
+
+    @property
+    def ranks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.student.ranks, (torch.zeros_like(self.student.ranks) if self.teacher is None else self.teacher.ranks)
 
     def _within_float32(self) -> bool:
         """Whether no row needs a shift, by what the largest of its exponents can be."""
@@ -123,85 +132,118 @@ class Walk:
         positions = len(self.targets)
         for start in range(0, positions, self.chunk_rows):
             chunk = slice(start, min(start + self.chunk_rows, positions))
-            self.student.multiply(chunk, self.targets)
+            self.student.multiply(chunk)
             if self.teacher is not None:
-                self.teacher.multiply(chunk, self.targets)
+                self.teacher.multiply(chunk)
             for first in range(start, chunk.stop, self.slice_rows):
                 self._add_slice(slice(first, min(first + self.slice_rows, chunk.stop)))
             if self.gradients is not None:
-                self.student.add_gradients(*self.gradients)
+                self.student.add_gradients(self.normalizers[chunk], *self.gradients)
+        self._find_losses()
+
+    def _find_losses(self) -> None:
+        """From sums over the items to losses."""
+        student, teacher, settings = self.student, self.teacher, self.settings
+        self.cross_entropy = self.normalizers.log() - student.target_exponents / settings.exponent_scale
+        if teacher is None:
+            return
+        # KL(p || q) = sum_i p_i (t_i - s_i) / T - lse(t / T) + lse(s / T)
+        kl = self.cross / teacher.sums * math.log(2) - teacher.sums.log() + student.sums.log()
+        self.kl = self.weights * kl * settings.kl_scale
+        # sum_i min(p_i, q_i) = 1 - sum_i |p_i - q_i| / 2
+        self.agreement = (1 - self.distances / (2 * student.sums)).clamp_min_(0)
 
     def _add_slice(self, part: slice) -> None:
-        """One slice's losses and ranks. Its scores in the student's products give way to their gradient."""
-        targets, buffer = self.targets[part], self.buffer[: part.stop - part.start]
-        student = self._exponents(self.student, self.ranks[0], part, buffer)
+        """One slice's sums and ranks. Its scores in the student's products give way to their gradient."""
+        buffer = self.buffer[: part.stop - part.start]
+        student = self._exponents(self.student, part, buffer)
         if self.teacher is None:
-            numerators = student.powers.exp2_()
+            numerators = student.exp2_()
         else:
-            teacher = self._exponents(self.teacher, self.ranks[1], part, buffer)
+            teacher = self._exponents(self.teacher, part, buffer)
             numerators, kl_factors = self._add_kl(part, student, teacher, buffer)
-        normalizers = numerators.sum(dim=1, keepdim=True)
-        self.cross_entropy[part] = normalizers.squeeze(1).log() - student.target / self.settings.exponent_scale
+        normalizers = torch.sum(numerators, dim=1, out=self.normalizers[part]).unsqueeze(1)
         if self.gradients is None:
             return
-        gradient = numerators.scatter_add_(1, targets, -normalizers)
+        gradient = numerators.scatter_add_(1, self.targets[part], -normalizers)
         if self.teacher is not None:
-            gradient = torch.addcmul(gradient, buffer, kl_factors * normalizers, out=student.powers)
-        self.student.replace_scores(part, gradient, normalizers.reciprocal())
+            gradient = torch.addcmul(gradient, buffer, kl_factors.unsqueeze(1) * normalizers, out=student)
+        self.student.replace_scores(part, gradient, normalizers)
 
-    def _exponents(self, side, ranks: torch.Tensor, part: slice, buffer: torch.Tensor) -> _Exponents:
-        """A slice of one model's, whose ranks are put down. The buffer is written over."""
-        powers = side.exponents(part)
-        target = powers.gather(1, self.targets[part])
+    def _exponents(self, side: _Side, part: slice, buffer: torch.Tensor) -> torch.Tensor:
+        """A slice of one model's, to be written over; the true items' ranks are put down. So is the buffer."""
+        exponents = side.exponents(part)
+        target = side.target_exponents[part].unsqueeze(1)
         if self.settings.count_ranks:
-            ranks[part] = count_at_least(powers, target, buffer)
+            side.ranks[part] = count_at_least(exponents, target, buffer)
         if self.shifted:
-            largest = powers.amax(dim=1, keepdim=True)
-            powers, target = powers.sub_(largest), target - largest
-        return _Exponents(powers, target.squeeze(1), ranks[part])
+            largest = exponents.amax(dim=1, keepdim=True)
+            exponents.sub_(largest)
+            target.sub_(largest)
+        return exponents
 
     def _add_kl(self, part, student, teacher, buffer):
         """
-        One slice's KL, weights and agreement. Returns the numerators of the student's plain softmax, and factors of
-        shape `(rows, 1)` that make KL's gradient for the student's scores of what `buffer` then holds.
+        What a slice's KL, weights and agreement are made of, given both models' exponents. Returns the numerators of
+        the student's plain softmax, and factors of shape `(rows,)` that make KL's gradient for the student's scores of
+        what `buffer` then holds.
         """
-        temperature, kl_scale = self.settings.temperature, self.settings.kl_scale
-        teacher_softened = torch.exp2(teacher.powers, out=buffer)
-        teacher_sums = teacher_softened.sum(dim=1)
-        # KL(p || q) = sum_i p_i (t_i - s_i) / T - lse(t / T) + lse(s / T)
-        cross = teacher.powers.sub_(student.powers).mul_(teacher_softened).sum(dim=1).div_(teacher_sums)
-        softened = torch.exp2(student.powers, out=teacher.powers)
-        sums = softened.sum(dim=1)
-        kl = cross * math.log(2) - teacher_sums.log() + sums.log()
-        weights = sample_weights(student.outcome(sums), teacher.outcome(teacher_sums), self.settings)
-        self.weights[part] = weights
-        self.kl[part] = weights * kl * kl_scale
+        temperature, settings = self.settings.temperature, self.settings
+        teacher_softened = torch.exp2(teacher, out=buffer)
+        teacher_sums = torch.sum(teacher_softened, dim=1, out=self.teacher.sums[part])
+        torch.sum(teacher.sub_(student).mul_(teacher_softened), dim=1, out=self.cross[part])
+        softened = torch.exp2(student, out=teacher)
+        sums = torch.sum(softened, dim=1, out=self.student.sums[part])
         ratios = (sums / teacher_sums).unsqueeze(1)
         difference = torch.addcmul(softened, teacher_softened, ratios, value=-1, out=buffer)
         if temperature == 1:
-            numerators, spare = softened, student.powers
-        elif temperature == 2 and self.settings.kl_weight:
+            numerators, spare = softened, student
+        elif temperature == 2 and settings.kl_weight:
             # The default, and a square costs less than a power; but its rounding is another, and with a weight of
             # zero the gradients are to be those of cross-entropy alone, bit for bit.
-            numerators, spare = torch.mul(softened, softened, out=student.powers), softened
+            numerators, spare = torch.mul(softened, softened, out=student), softened
         else:
-            numerators, spare = student.powers.mul_(temperature).exp2_(), softened
-        # sum_i min(p_i, q_i) = 1 - sum_i |p_i - q_i| / 2
-        self.agreement[part] = (1 - torch.abs(difference, out=spare).sum(dim=1) / (2 * sums)).clamp_min_(0)
-        return numerators, (weights * (self.settings.kl_weight * kl_scale / temperature) / sums).unsqueeze(1)
+            numerators, spare = student.mul_(temperature).exp2_(), softened
+        torch.sum(torch.abs(difference, out=spare), dim=1, out=self.distances[part])
+        weights = sample_weights(self.student.outcome(part), self.teacher.outcome(part), settings)
+        self.weights[part] = weights
+        return numerators, weights * (settings.kl_weight * settings.kl_scale / temperature) / sums
 
 
 class _Side:
     """
-    One model's hidden states and items (without padding), and a chunk of their products in the products' dtype: first
-    the scores as exponents to the base 2, then what row factors make the gradient of the scores of.
+    What the walk keeps of one model.
+
+    Attributes:
+        ranks (`torch.LongTensor` of shape `(P,)`): the true items'; zeros where they are not counted.
+        target_exponents (`torch.FloatTensor` of shape `(P,)`): the true items' scores as exponents to the base 2, which
+            cost a third of those to the base e on some CPUs: `2**exponents` are the numerators of the softened
+            distribution.
+        sums (`torch.FloatTensor` of shape `(P,)`): of the numerators.
     """
 
-    def __init__(self, hidden, item_matrix, scale: float, dtype: torch.dtype, chunk_rows: int, slice_rows: int):
+    def __init__(self, targets: torch.Tensor):
+        self.targets, self.ranks = targets, torch.zeros_like(targets[:, 0])
+        self.target_exponents, self.sums = torch.empty(2, len(targets), dtype=torch.float32, device=targets.device)
+
+    def outcome(self, part: slice) -> TargetOutcome:
+        """What becomes of the true items of a slice."""
+        return TargetOutcome(self.ranks[part], self.target_exponents[part] * math.log(2) - self.sums[part].log())
+
+
+class _ScoredSide(_Side):
+    """
+    Hidden states and items (without padding), and a chunk of their products in the products' dtype: first the scores as
+    exponents, then what row factors make the gradient of the scores of.
+    """
+
+    def __init__(
+        self, targets, hidden, item_matrix, scale: float, dtype: torch.dtype, chunk_rows: int, slice_rows: int
+    ):
+        super().__init__(targets)
         self.hidden, self.exact_items, self.scale = hidden.detach(), item_matrix[1:].detach(), scale
         self.items = self.exact_items.to(dtype)
         self.products = self.items.new_empty(chunk_rows, len(self.items))
-        self.factors = self.items.new_empty(chunk_rows, 1, dtype=torch.float32)
         self.rounded = dtype != torch.float32
         self.buffer = self.items.new_empty(slice_rows, len(self.items), dtype=torch.float32) if self.rounded else None
 
@@ -210,52 +252,58 @@ class _Side:
         lengths = (torch.linalg.vector_norm(vectors, dim=1) for vectors in (self.hidden, self.exact_items))
         return self.scale * math.prod(float(of_one.amax()) if len(of_one) else 0.0 for of_one in lengths)
 
-    def multiply(self, chunk: slice, targets: torch.Tensor) -> None:
+    def multiply(self, chunk: slice) -> None:
         """Take the exponents of another chunk."""
         self.chunk = chunk
         scaled, out = self.hidden[chunk].float() * self.scale, self.rows(chunk)
-        hidden = scaled.to(self.items.dtype)
-        if not self.rounded:
-            block = self._block(_SCORE_BLOCK_ITEMS)
-            for items, exponents in zip(self.items.split(block), out.split(block, dim=1), strict=True):
-                torch.mm(hidden, items.T, out=exponents)
+        hidden, targets = scaled.to(self.items.dtype), self.targets[chunk]
+        if self.rounded:
+            torch.mm(hidden, self.items.T, out=out)
+            # Rounded, the true item would tie with many others: both its loss and its rank want its score exact.
+            own = self.exact_items[targets.squeeze(1)].float()
+            self.target_exponents[chunk] = torch.linalg.vecdot(scaled, own)
             return
-        torch.mm(hidden, self.items.T, out=out)
-        # Rounded, the true item would tie with many others: both its loss and its rank want its score exact.
-        self.targets = targets[chunk]
-        own = self.exact_items[self.targets.squeeze(1)].float()
-        self.target_exponents = torch.linalg.vecdot(scaled, own).unsqueeze(1)
+        block = self._block(_SCORE_BLOCK_ITEMS)
+        for items, exponents in zip(self.items.split(block), out.split(block, dim=1), strict=True):
+            torch.mm(hidden, items.T, out=exponents)
+        self.target_exponents[chunk] = out.gather(1, targets).squeeze(1)
 
-    def rows(self, part: slice, of: torch.Tensor | None = None) -> torch.Tensor:
-        """The rows of the products, or of another tensor of the chunk, that belong to a part of the positions."""
-        return (self.products if of is None else of)[part.start - self.chunk.start : part.stop - self.chunk.start]
+    def rows(self, part: slice) -> torch.Tensor:
+        """The rows of the products that belong to a part of the positions."""
+        return self.products[part.start - self.chunk.start : part.stop - self.chunk.start]
 
     def exponents(self, part: slice) -> torch.Tensor:
         """Those of a slice in float32, to be written over."""
         exponents = self.rows(part)
         if not self.rounded:
             return exponents
-        exact = self.rows(part, self.targets), self.rows(part, self.target_exponents)
-        return self.buffer[: len(exponents)].copy_(exponents).scatter_(1, *exact)
+        exact = self.target_exponents[part].unsqueeze(1)
+        return self.buffer[: len(exponents)].copy_(exponents).scatter_(1, self.targets[part], exact)
 
-    def replace_scores(self, part: slice, gradient: torch.Tensor, factors: torch.Tensor) -> None:
+    def replace_scores(self, part: slice, gradient: torch.Tensor, divisors: torch.Tensor) -> None:
         """
-        Put the gradient of a slice's scores in their place.
+        Put the gradient of a slice's scores in their place, where in float32 it is already.
 
         Args:
-            gradient (`torch.Tensor` of shape `(rows, N)`): may be in that place already.
-            factors (`torch.Tensor` of shape `(rows, 1)`): what its rows are still to be multiplied by.
+            gradient (`torch.Tensor` of shape `(rows, N)`): in float32.
+            divisors (`torch.Tensor` of shape `(rows, 1)`): what its rows are still to be divided by.
         """
-        if self.items.dtype == torch.float16:  # 65,504 is the largest number
-            gradient, factors = gradient.mul_(factors), torch.ones_like(factors)
-        self.rows(part, self.factors).copy_(factors)
-        products = self.rows(part)
-        if products.data_ptr() != gradient.data_ptr():
-            products.copy_(gradient)
+        if self.rounded:
+            self.rows(part).copy_(gradient.div_(divisors) if self._divides_at_once else gradient)
 
-    def add_gradients(self, grad_hidden: torch.Tensor, grad_items: torch.Tensor) -> None:
-        """From the gradient of the chunk's scores, in their place, to those of hidden states and item matrix."""
-        gradient, factors = self.rows(self.chunk), self.rows(self.chunk, self.factors)
+    @property
+    def _divides_at_once(self) -> bool:
+        """Whether undivided gradients could be too large: 65,504 is the largest number of 16 bits."""
+        return self.items.dtype == torch.float16
+
+    def add_gradients(self, divisors: torch.Tensor, grad_hidden: torch.Tensor, grad_items: torch.Tensor) -> None:
+        """
+        From the gradient of the chunk's scores, in their place, to those of hidden states and item matrix. Its rows
+        are divided only here, since a hidden state has fewer numbers.
+        """
+        gradient = self.rows(self.chunk)
+        factors = torch.ones_like(divisors) if self._divides_at_once else divisors.reciprocal()
+        factors = factors.unsqueeze(1)
         hidden = (self.hidden[self.chunk] * factors).to(self.items.dtype)
         torch.mul(torch.mm(gradient, self.items), factors, out=grad_hidden[self.chunk])
         if self.rounded:
@@ -270,10 +318,11 @@ class _Side:
         return max(1, items) if self.items.device.type == "cpu" else len(self.items)
 
 
-class _ListedSide:
-    """A teacher that is known by its lists: what the walk asks of a [`_Side`] that gets no gradient."""
+class _ListedSide(_Side):
+    """A teacher that is known by its lists: what the walk asks of a [`_ScoredSide`] that gets no gradient."""
 
-    def __init__(self, lists: ListedScores, num_items: int, scale: float, slice_rows: int):
+    def __init__(self, targets, lists: ListedScores, num_items: int, scale: float, slice_rows: int):
+        super().__init__(targets)
         self.lists, self.num_items, self.scale = lists, num_items, scale
         self.buffer = lists.log_probs.new_empty(slice_rows, num_items + 1, dtype=torch.float32)
 
@@ -281,32 +330,14 @@ class _ListedSide:
         """What the size of a row's largest exponent does not exceed: no item of N has less than 1/N."""
         return math.log(self.num_items) * self.scale
 
-    def multiply(self, chunk: slice, targets: torch.Tensor) -> None:
+    def multiply(self, chunk: slice) -> None:
         """Nothing: no product leads to its scores."""
 
     def exponents(self, part: slice) -> torch.Tensor:
         """Those of a slice in float32, to be written over."""
-        return self.lists[part].dense(self.num_items, out=self.buffer[: part.stop - part.start]).mul_(self.scale)
-
-
-@dataclass
-class _Exponents:
-    """
-    A slice of scores as exponents to the base 2, which cost a third of those to the base e on some CPUs.
-
-    Attributes:
-        powers (`torch.Tensor` of shape `(rows, N)`): `2**powers` are the numerators of the softened distribution.
-        target (`torch.Tensor` of shape `(rows,)`): the true item's.
-        ranks (`torch.LongTensor` of shape `(rows,)`): the true item's rank.
-    """
-
-    powers: torch.Tensor
-    target: torch.Tensor
-    ranks: torch.Tensor
-
-    def outcome(self, sums: torch.Tensor) -> TargetOutcome:
-        """What becomes of the true items, given the sums of the numerators."""
-        return TargetOutcome(self.ranks, self.target * math.log(2) - sums.log())
+        exponents = self.lists[part].dense(self.num_items, out=self.buffer[: part.stop - part.start]).mul_(self.scale)
+        self.target_exponents[part] = exponents.gather(1, self.targets[part]).squeeze(1)
+        return exponents
 
 
 def autocast_dtype(device_type: str) -> torch.dtype:
