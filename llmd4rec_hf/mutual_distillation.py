@@ -327,29 +327,30 @@ class MutualDistillation:
 
     def _phase_args(self, phase: Phase) -> DistillationArguments:
         """The side's arguments, with the phase's folder and seed, evaluating and keeping the best by default."""
-        args = copy.deepcopy(self.args[phase.side])
-        args.output_dir = str(self._folder(phase))
-        # Both arms of a round get the same seed; two rounds must not, or each would see the same batches again.
-        args.seed = self.config.seed + 1000 * phase.round
-        if args.data_seed is not None:
-            args.data_seed += 1000 * phase.round
-        # A phase that was stopped goes on with the patience that it had left.
-        args.restore_callback_states_from_checkpoint = True
+        args = self.args[phase.side]
+        changes = {
+            "output_dir": str(self._folder(phase)),
+            # Both arms of a round get the same seed; two rounds must not, or each would see the same batches again.
+            "seed": self.config.seed + 1000 * phase.round,
+            "data_seed": None if args.data_seed is None else args.data_seed + 1000 * phase.round,
+            # A phase that was stopped goes on with the patience that it had left.
+            "restore_callback_states_from_checkpoint": True,
+        }
         if phase.side == "llm":
-            args.refresh_item_vectors = False
+            changes["refresh_item_vectors"] = False
         if args.eval_strategy == "no":
             given = args.metric_for_best_model is not None
-            args = dataclasses.replace(
-                args,
-                eval_strategy="epoch",
-                save_strategy="epoch",
-                logging_strategy="epoch",
-                load_best_model_at_end=True,
-                metric_for_best_model=args.metric_for_best_model if given else METRIC,
-                greater_is_better=args.greater_is_better if given else True,
-                save_total_limit=args.save_total_limit or 1,
-            )
-        return args
+            changes |= {
+                "eval_strategy": "epoch",
+                "save_strategy": "epoch",
+                "logging_strategy": "epoch",
+                "load_best_model_at_end": True,
+                "metric_for_best_model": args.metric_for_best_model if given else METRIC,
+                "greater_is_better": args.greater_is_better if given else True,
+                "save_total_limit": args.save_total_limit or 1,
+            }
+        # Made anew, not copied: only so does `accelerate` forget the precision of the side that came before.
+        return dataclasses.replace(args, **changes)
 
     def _converged(self, round_number: int) -> bool:
         """Whether a round brought neither distilled model's best validation metric forward."""
@@ -397,8 +398,7 @@ class MutualDistillation:
         best = max(phases, key=self._value)
         self.models[side].load_weights(self._model_folder(best))
         model = self._student(side)
-        args = copy.deepcopy(self.args[side])
-        args.output_dir = str(self.output_dir / "phases" / "test")
+        args = dataclasses.replace(self.args[side], output_dir=str(self.output_dir / "phases" / "test"))
         trainer_class = MutualDistillTrainer if side == "llm" else CRMTrainer
         # `Trainer` asks for it where the arguments say when to evaluate.
         trainer = trainer_class(model, args, eval_dataset=self.sequences["validation"])

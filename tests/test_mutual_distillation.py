@@ -218,6 +218,14 @@ def test_a_side_may_be_evaluated_as_its_arguments_say(make_run, strategy):
     assert results["final"]["crm"]["test"]
 
 
+@pytest.mark.parametrize("evaluated", [{}, {"eval_strategy": "epoch", "save_strategy": "epoch"}])
+@pytest.mark.parametrize("side", ["crm", "llm"])
+def test_one_side_alone_may_be_in_half_precision(make_run, side, evaluated):
+    sides = {f"{name}_args": {"bf16": name == side, **evaluated} for name in ("crm", "llm")}
+    results = make_run("mixed", rounds=1, controls=False, **sides).run()
+    assert results["final"]["crm"]["test"] and results["final"]["llm"]["test"]
+
+
 def test_what_is_set_for_a_side_is_kept_in_its_phases(make_run):
     settings = {"metric_for_best_model": "loss", "greater_is_better": False, "data_seed": 5}
     run = make_run("kept", crm_args=settings)

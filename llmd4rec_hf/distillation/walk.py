@@ -118,7 +118,8 @@ class Walk:
 
     @property
     def ranks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.student.ranks, (torch.zeros_like(self.student.ranks) if self.teacher is None else self.teacher.ranks)
+        student = self.student.ranks
+        return student, (torch.zeros_like(student) if self.teacher is None else self.teacher.ranks)
 
     def _within_float32(self) -> bool:
         """Whether no row needs a shift, by what the largest of its exponents can be."""
@@ -216,8 +217,8 @@ class _Side:
 
     Attributes:
         ranks (`torch.LongTensor` of shape `(P,)`): the true items'; zeros where they are not counted.
-        target_exponents (`torch.FloatTensor` of shape `(P,)`): the true items' scores as exponents to the base 2, which
-            cost a third of those to the base e on some CPUs: `2**exponents` are the numerators of the softened
+        target_exponents (`torch.FloatTensor` of shape `(P,)`): the true items' scores as exponents to the base 2,
+            which cost a third of those to the base e on some CPUs: `2**exponents` are the numerators of the softened
             distribution.
         sums (`torch.FloatTensor` of shape `(P,)`): of the numerators.
     """
@@ -233,8 +234,8 @@ class _Side:
 
 class _ScoredSide(_Side):
     """
-    Hidden states and items (without padding), and a chunk of their products in the products' dtype: first the scores as
-    exponents, then what row factors make the gradient of the scores of.
+    Hidden states and items (without padding), and a chunk of their products in the products' dtype: first the scores
+    as exponents, then what row factors make the gradient of the scores of.
     """
 
     def __init__(
