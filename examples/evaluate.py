@@ -20,11 +20,18 @@ from rich.console import Console
 from rich.table import Table
 
 from llmd4rec_hf import RecommenderModel, load_interactions, ranking_metrics
-from llmd4rec_hf.command_line import column_pair, cut_offs, one_line_errors, output_file, script_parser
+from llmd4rec_hf.command_line import (
+    column_pair,
+    cut_offs,
+    one_line_errors,
+    output_file,
+    positive_number,
+    script_parser,
+)
 from llmd4rec_hf.data import load_prepared, make_demo
 from llmd4rec_hf.data.formats import format_names
 from llmd4rec_hf.data.prepared import SPLITS, is_prepared
-from llmd4rec_hf.errors import DataError
+from llmd4rec_hf.errors import DataError, UnknownItemsError
 from llmd4rec_hf.models.recommendations import Recommendations, save_qrels
 
 
@@ -47,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seen_items", default="mask", choices=["mask", "keep"], help="leave items of the history out of the ranking")
     add("--new_items", default="refuse", choices=["refuse", "skip"], help="interactions with items the model lacks")
     add("--ks", default="5,10,20", help="cut-offs (%(default)s)")
-    add("--batch_size", type=int, default=256, metavar="N", help="histories at a time (%(default)s)")
+    add("--batch_size", type=positive_number, default=256, metavar="N", help="histories at a time (%(default)s)")
     add("--use_cpu", action="store_true", help="even if there is an accelerator")
     add = parser.add_argument_group("what to write").add_argument
     add("--save_metrics", type=output_file, metavar="FILE", help="metrics and protocol, as JSON")
@@ -73,7 +80,11 @@ def make_rows(options: argparse.Namespace, model: RecommenderModel, interactions
     if options.new_items == "skip":
         known = {str(item) for item in model.vocabulary.item_ids}
         interactions = interactions.filter(lambda item: str(item) in known, input_columns="item_id")
-    rows = SPLITS[split_by](interactions, model.vocabulary)[options.split]
+    try:
+        rows = SPLITS[split_by](interactions, model.vocabulary)[options.split]
+    except UnknownItemsError as error:
+        remedy = f"they are in --dataset {options.dataset}, and --new_items skip leaves out interactions with them."
+        raise error.with_remedy(remedy) from None
     if len(rows) == 0:
         raise DataError(f"No user has enough interactions for {options.split}.")
     return rows

@@ -24,7 +24,7 @@ logging.basicConfig(format="%(message)s", handlers=[RichHandler(show_path=False,
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 logging.getLogger("llmd4rec_hf").setLevel(logging.INFO)
 
-from llmd4rec_hf.command_line import column_pair, escaped, one_line_errors, script_parser  # noqa: E402
+from llmd4rec_hf.command_line import column_pair, escaped, one_line_errors, script_parser, whole_number  # noqa: E402
 from llmd4rec_hf.data import make_demo, prepare, render  # noqa: E402
 from llmd4rec_hf.data.filters import DUPLICATES  # noqa: E402
 from llmd4rec_hf.data.formats import format_names  # noqa: E402
@@ -60,10 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--end_time", metavar="TIME", help="interactions at or after it")
     add("--duplicates", default="keep", choices=DUPLICATES, help="a user's repeats of one item; exact: at one time")
     add("--max_history", type=int, metavar="N", help="all but a user's newest N interactions")
-    add("--min_history", type=int, default=0, metavar="N", help="users with fewer interactions")
-    add(
-        "--k_core", type=int, default=0, metavar="K", help="users and items with fewer than K interactions, repeatedly"
-    )
+    add("--min_history", type=whole_number, default=0, metavar="N", help="users with fewer interactions")
+    add("--k_core", type=whole_number, default=0, metavar="K", help="users and items with fewer than K, repeatedly")
     add = parser.add_argument_group("what to write").add_argument
     add("--output_dir", required=True, metavar="FOLDER", help="the prepared folder")
     add("--text_template", metavar="TEXT", help='an item in words, such as "{title} ({brand}; {category})"')

@@ -21,7 +21,7 @@ from llmd4rec_hf import RecommenderModel, load_interactions
 from llmd4rec_hf.command_line import column_pair, escaped, one_line_errors, output_file, script_parser
 from llmd4rec_hf.data.formats import format_names
 from llmd4rec_hf.data.formats.base import text_lines
-from llmd4rec_hf.errors import DataError
+from llmd4rec_hf.errors import DataError, UnknownItemsError
 from llmd4rec_hf.models import Recommendations
 
 
@@ -106,7 +106,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
         if writer is None:
             raise DataError(f"{options.output}: its ending must be one of {', '.join(WRITERS)}.")
     model = RecommenderModel.from_pretrained(options.model)
-    names, found = find(options, model)
+    try:
+        names, found = find(options, model)
+    except UnknownItemsError as error:
+        raise error.with_remedy("--skip_unknown leaves them out.") from None
     if writer is None:
         show(names, found, model, console)
         return

@@ -47,7 +47,7 @@ from llmd4rec_hf import (  # noqa: E402
     SASRecConfig,
     SASRecModel,
 )
-from llmd4rec_hf.command_line import column_pair, one_line_errors, script_parser  # noqa: E402
+from llmd4rec_hf.command_line import column_pair, one_line_errors, script_parser, whole_number  # noqa: E402
 from llmd4rec_hf.data import PreparedData, load_prepared, make_demo, prepare  # noqa: E402
 from llmd4rec_hf.data.formats import format_names  # noqa: E402
 from llmd4rec_hf.data.prepared import SPLITS, is_prepared  # noqa: E402
@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--text_template", metavar="TEXT", help='an item in words, such as "{title} ({brand})"')
     add("--split", default="leave_one_out", choices=list(SPLITS))
     add("--min_rating", type=float, metavar="R", help="leave out interactions rated lower")
-    add("--k_core", type=int, default=0, metavar="K", help="keep users and items with K interactions or more")
+    add("--k_core", type=whole_number, default=0, metavar="K", help="keep users and items with K interactions or more")
     add("--crm", default="sasrec", help="sasrec, gru4rec, or the folder of a trained one")
     add("--hidden_size", type=int, default=64, help="width of the CRM's item vectors")
     add("--crm_layers", type=int, help="layers of the CRM; its own default if not given")
@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fresh_students", default="none", choices=list(FRESH_STUDENTS), help="who starts anew in every round")
     add("--crm_teachers", default="llm", choices=list(CRM_TEACHERS), help="the LLM, or also the CRM of the last round")
     add("--output_dir", required=True, help="where the run lives")
-    add("--seed", type=int, default=42)
+    add("--seed", type=whole_number, default=42)
     flag("--use_cpu", help="even if there is an accelerator")
     flag("--push_to_hub", help="push both models when the run is over")
     add("--hub_model_id", metavar="USER/NAME", help="repositories USER/NAME-crm and USER/NAME-llm")
@@ -140,10 +140,10 @@ def _config_of(argv: list[str]) -> str | Path | None:
 
 def _words_of(config: str | Path) -> list[str]:
     try:
-        content = yaml.safe_load(Path(config).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigurationError(f"Cannot read the configuration {config}: {error}") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ConfigurationError(f"The configuration {config} must hold `option: value` lines.")
     words = []
     for name, value in content.items():
@@ -165,15 +165,21 @@ def _side_arguments(parser, options, words: list[str], side: str):
             prefix = next((name for name in SIDES if word.startswith(f"--{name}_")), None)
             if prefix is None:
                 parser.error(f"unknown option {word}")
-            target = mine if prefix == side else None
+            target = mine if prefix == side else []
             word = word.replace(f"{prefix}_", "", 1)
-        if target is not None:
-            target.append(word)
+        if target is None:
+            parser.error(f"{word!r} belongs to no option")
+        target.append(word)
     shared = ["--output_dir", str(Path(options.output_dir) / "phases"), "--use_cpu", str(options.use_cpu)]
     side_parser = HfArgumentParser(SIDES[side], allow_abbrev=False, usage=f"train.py --{side}_FIELD VALUE ...")
-    arguments, unknown = side_parser.parse_args_into_dataclasses([*shared, *mine], return_remaining_strings=True)
-    if unknown:
+    try:
+        arguments, unknown = side_parser.parse_args_into_dataclasses([*shared, *mine], return_remaining_strings=True)
+    except (ValueError, ImportError) as error:
+        raise ConfigurationError(f"The {side.upper()}'s training arguments (--{side}_...): {error}") from error
+    if unknown and unknown[0].startswith("--"):
         parser.error(f"unknown training argument --{side}_{unknown[0].removeprefix('--')}")
+    if unknown:
+        parser.error(f"{unknown[0]!r} belongs to no option")
     return arguments
 
 
@@ -203,11 +209,14 @@ def load_data(options) -> PreparedData:
 def _refuse_data_options(options, prepared: dict) -> None:
     """Options of preparing do nothing for a folder that is prepared, unless they are those it was prepared with."""
     default = build_parser().get_default
+    cores = {prepared.get(name, 0) for name in ("k_user", "k_item")}
+    prepared = {**prepared, "k_core": cores.pop() if len(cores) == 1 else None}
     given = [name for name in DATA_OPTIONS if getattr(options, name) not in (default(name), prepared.get(name))]
     if given:
         words = ", ".join(f"--{name}" for name in given)
         raise ConfigurationError(
-            f"{options.dataset} is prepared already, without {words}: prepare it anew with them, or leave them out."
+            f"{options.dataset} is prepared already, so nothing would come of {words}: leave out what it was prepared "
+            "with, and prepare it anew with what is new."
         )
 
 

@@ -40,11 +40,21 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def positive_number(text: str) -> int:
+    """A number of things, one at least."""
+    number = whole_number(text)
+    if number == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return number
+
+
 def output_file(text: str) -> str:
     """A file to write when all is done. Whether it can be written is asked before."""
     folder = Path(text).parent
     if not folder.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {str(folder)!r} to write {text!r} to; make it first")
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder, not a file to write")
     return text
 
 

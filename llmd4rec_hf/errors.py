@@ -12,6 +12,24 @@ class DataError(LLMD4RecError, ValueError):
     """The interaction log, the catalogue, a batch or a black box's answer is not what it should be."""
 
 
+class UnknownItemsError(DataError):
+    """
+    Items that a vocabulary does not hold.
+
+    Args:
+        what (`str`): how many there are, and which is the first.
+        remedy (`str`): what to do, by the names that whoever asked knows.
+    """
+
+    def __init__(self, what: str, remedy: str):
+        super().__init__(f"{what}; {remedy}")
+        self.what = what
+
+    def with_remedy(self, remedy: str) -> UnknownItemsError:
+        """The same error for somebody who knows other names."""
+        return UnknownItemsError(self.what, remedy)
+
+
 class ConfigurationError(LLMD4RecError, ValueError):
     """Arguments that are out of range, contradict each other, or do not fit the models or the data."""
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import DatasetDict
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from .data import ItemVocabulary
@@ -170,6 +171,7 @@ class MutualDistillation:
         for side, kind in (("llm", MutualDistillArguments), ("crm", CRMArguments)):
             if not isinstance(self.args[side], kind):
                 raise ConfigurationError(f"{side}_args must be {kind.__name__}, got {type(self.args[side]).__name__}.")
+            _check_arguments(side, self.args[side])
         for name in ("train", "validation", "test"):
             if name not in self.sequences:
                 raise ConfigurationError(f"sequences must hold train, validation and test; {name} is missing.")
@@ -454,6 +456,28 @@ class MutualDistillation:
                     write_manifest(partial)
 
         on_main_process(save)
+
+
+def _check_arguments(side: str, args: DistillationArguments) -> None:
+    """Raise for what would end a phase when those before it have been trained already."""
+    bounds = {"learning_rate": 0, "num_train_epochs": 0, "weight_decay": 0}
+    bounds |= dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1
+    )
+    for name, least in bounds.items():
+        if getattr(args, name) < least:
+            raise ConfigurationError(f"{side}_args: {name} must be at least {least}, got {getattr(args, name)}.")
+    metrics = ("loss", *ranking_metrics([1]))
+    best = args.metric_for_best_model
+    if best is not None and best.removeprefix("eval_") not in metrics:
+        raise ConfigurationError(
+            f"{side}_args: metric_for_best_model must be one of {', '.join(metrics)}, got {best!r}."
+        )
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigurationError(f"{side}_args: report_to={args.report_to}: {error}") from error
 
 
 def _keep_only(folder: Path, name: str) -> None:

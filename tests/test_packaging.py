@@ -30,6 +30,7 @@ PUBLIC_NAMES = [
     "MutualDistillation",
     "MutualDistillationConfig",
     "RankingMetric",
+    "RecommenderEnsemble",
     "RecommenderModel",
     "SASRecConfig",
     "SASRecModel",
@@ -43,6 +44,12 @@ PUBLIC_NAMES = [
     "split_leave_one_out",
     "target_ranks",
 ]
+
+
+def test_no_other_name_is_public_and_the_reference_has_them_all():
+    assert sorted(llmd4rec_hf.__all__) == PUBLIC_NAMES
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    assert [name for name in PUBLIC_NAMES if f"::: llmd4rec_hf.{name}\n" not in pages] == []
 
 
 @pytest.mark.parametrize("name", PUBLIC_NAMES)

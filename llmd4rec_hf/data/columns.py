@@ -71,13 +71,17 @@ def resolve_columns(
             What the table's format calls them, before any common name.
 
     Raises:
-        `DataError`: A column is named twice, is not there, or cannot be guessed.
+        `DataError`: A column is named twice, is not there, or cannot be guessed; or `columns` has not our name for it.
     """
     columns = dict(columns or {})
     doubled = [name for name in names if names.count(name) > 1]
     if doubled:
         raise DataError(f"{where}: the column {doubled[0]!r} occurs more than once; rename one of them")
     for ours, theirs in columns.items():
+        meant = next((name for name in wanted if ours in KNOWN_NAMES[name][1:]), None)
+        if meant is not None and meant not in columns:
+            # It would become one more column, and a log that is in no order at all would be taken as it is.
+            raise DataError(f"{where}: {ours!r} is none of our columns; did you mean {meant!r} for {theirs!r}?")
         if theirs not in names:
             raise DataError(f"{where}: no column {theirs!r} (for {ours!r}); it has {', '.join(names)}")
     plain = {_plain(name): name for name in reversed(names) if name not in columns.values()}

@@ -151,7 +151,8 @@ def _one_row_per_item(catalogue: pa.Table, duplicates: str, where: str) -> pa.Ta
     row = first_true(doubled & ~same)
     if row is not None and duplicates == "refuse":
         raise DataError(
-            f"{where}: item {keys['item_id'][row]!r} occurs more than once; keep one row of it (duplicates='first')"
+            f"{where}: item {keys['item_id'][row]!r} occurs more than once with different titles; keep one row of it: "
+            "prepare.py --duplicate_items first, prepare(duplicate_items='first') or load_items(duplicates='first')"
         )
     if not doubled.any():
         return catalogue

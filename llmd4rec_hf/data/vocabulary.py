@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from huggingface_hub import hf_hub_download
 
-from ..errors import DataError
+from ..errors import DataError, UnknownItemsError
 from .arrow import first_true, id_array, same_type, to_table
 
 
@@ -139,7 +139,7 @@ class ItemVocabulary:
             `numpy.ndarray`: `int64` of shape (number of ids,), values in 1..N.
 
         Raises:
-            `DataError`: An id is unknown; the message names it.
+            `UnknownItemsError`: An id is unknown; the message names it.
         """
         if unknown not in ("raise", "ignore", "zero"):
             raise DataError(f"unknown={unknown!r}; choose 'raise', 'ignore' or 'zero'")
@@ -153,9 +153,9 @@ class ItemVocabulary:
         if unknown == "ignore":
             return index[~missing]
         name = theirs[first_true(missing)].as_py()
-        raise DataError(
-            f"{int(missing.sum())} of {len(index)} item ids are not in the vocabulary, first {name!r}; "
-            "add them with ItemVocabulary.add() or leave them out with unknown='ignore'"
+        raise UnknownItemsError(
+            f"{int(missing.sum())} of {len(index)} item ids are not in the vocabulary, first {name!r}",
+            "leave them out, or make a vocabulary that holds them, with ItemVocabulary.from_interactions or .add",
         )
 
     def decode(self, internal_ids: Any) -> Any:

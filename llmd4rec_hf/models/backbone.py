@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from ..errors import ConfigurationError
 from ..modes import evaluating
 from .dropout import use_cheap_masks
+from .llm_config import LLMRecommenderConfig
 from .recommender import hub_arguments
 
 
@@ -47,13 +48,18 @@ def load_backbone(
         kwargs: further arguments of `AutoModel.from_pretrained`.
 
     Raises:
-        ConfigurationError: there is no such model, or it cannot be loaded.
+        ConfigurationError: there is no such model, it cannot be loaded, or it is a recommender.
     """
     if quantization_config is not None and torch.cuda.is_available():
         # Quantised weights cannot be moved from one device to another later: each process loads onto its own.
         kwargs.setdefault("device_map", {"": PartialState().local_process_index})
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub_arguments(kwargs))
+        if isinstance(config, LLMRecommenderConfig):
+            raise ConfigurationError(
+                f"{str(name)!r} is an LLM recommender already, not a language model to build one on: load it with "
+                "RecommenderModel.from_pretrained, or name its base model."
+            )
         if hasattr(config, "is_decoder"):
             config.is_decoder = True
         return AutoModel.from_pretrained(

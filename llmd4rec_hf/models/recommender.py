@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -23,7 +24,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from ..data import ItemVocabulary
 from ..distillation.loss import distillation_loss
-from ..errors import ConfigurationError, DataError
+from ..errors import ConfigurationError, DataError, UnknownItemsError
 from ..modes import evaluating
 from .recommendations import Recommendations
 
@@ -68,6 +69,7 @@ class RecommenderModel(PreTrainedModel):
     supports_gradient_checkpointing = False
 
     def __init__(self, config: PreTrainedConfig):
+        _check_sizes(config)
         super().__init__(config)
         # Neither is a prediction: a Trainer that collects a model's outputs must leave them where they are.
         config.keys_to_ignore_at_inference = ["hidden", "item_matrix"]
@@ -211,10 +213,12 @@ class RecommenderModel(PreTrainedModel):
 
         Raises:
             ConfigurationError: the model has no vocabulary, or `k` is not positive.
-            DataError: an unknown item, or an empty history, unless they are ignored.
+            DataError: a history that is no list, or an empty one, unless those are ignored.
+            UnknownItemsError: an unknown item, unless they are ignored.
         """
         self._check_request(k)
-        encoded = self._encode_histories([list(history) for history in histories], on_unknown)
+        ids = [_id_list(history, f"History {index}") for index, history in enumerate(_id_list(histories, "histories"))]
+        encoded = self._encode_histories(ids, on_unknown)
         answerable = [index for index, history in enumerate(encoded) if len(history) > 0]
         if on_unknown == "raise" and len(answerable) < len(encoded):
             empty = next(index for index, history in enumerate(encoded) if len(history) == 0)
@@ -257,10 +261,11 @@ class RecommenderModel(PreTrainedModel):
 
         Raises:
             ConfigurationError: the model has no vocabulary, or `k` is not positive.
-            DataError: an unknown item, unless it is ignored.
+            DataError: `item_ids` are no list.
+            UnknownItemsError: an unknown item, unless it is ignored.
         """
         self._check_request(k)
-        encoded = self.vocabulary.encode(list(item_ids), unknown=_in_place(on_unknown))
+        encoded = self._encode(_id_list(item_ids, "item_ids"), on_unknown)
         allowed = self._candidate_mask(candidates, on_unknown)
         with evaluating(self):
             directions = F.normalize(self.item_matrix().float(), dim=1)
@@ -282,10 +287,19 @@ class RecommenderModel(PreTrainedModel):
         if k < 1:
             raise ConfigurationError(f"k must be at least 1, got {k}.")
 
+    def _encode(self, item_ids: list, on_unknown: str) -> np.ndarray:
+        """Internal ids in the places of external ones, 0 for those that are unknown and ignored."""
+        if on_unknown not in ("raise", "ignore"):
+            raise ConfigurationError(f"on_unknown must be 'raise' or 'ignore', got {on_unknown!r}.")
+        try:
+            return self.vocabulary.encode(item_ids, unknown="zero" if on_unknown == "ignore" else "raise")
+        except UnknownItemsError as error:
+            raise error.with_remedy("on_unknown='ignore' leaves them out.") from None
+
     def _encode_histories(self, histories: list[list], on_unknown: str) -> list[np.ndarray]:
         # All at once, because the vocabulary's index is built anew for every call.
         items = [item for history in histories for item in history]
-        flat = self.vocabulary.encode(items, unknown=_in_place(on_unknown))
+        flat = self._encode(items, on_unknown)
         ends = np.cumsum([len(history) for history in histories], dtype=np.int64)
         encoded = (flat[end - len(history) : end] for history, end in zip(histories, ends, strict=True))
         return [history[history > 0] for history in encoded]
@@ -295,8 +309,9 @@ class RecommenderModel(PreTrainedModel):
         if candidates is None:
             allowed[1:] = True
         else:
-            chosen = self.vocabulary.encode(list(candidates), unknown=on_unknown)
+            chosen = self._encode(_id_list(candidates, "candidates"), on_unknown)
             allowed[torch.as_tensor(chosen, dtype=torch.long, device=self.device)] = True
+            allowed[0] = False
         return allowed
 
     def _recommend_batch(self, histories, k, filter_seen, allowed, item_matrix):
@@ -338,16 +353,19 @@ class RecommenderModel(PreTrainedModel):
         `RecommenderModel.from_pretrained` loads any kind of recommender: its configuration says which.
 
         Raises:
-            ConfigurationError: weights or a vocabulary that do not fit the configuration or this class; called on this
-                base class, where there is no model, or one that is no recommender.
+            ConfigurationError: no model there, or a damaged one; weights or a vocabulary that do not fit the
+                configuration or this class; called on this base class, a model that is no recommender.
         """
         if cls is RecommenderModel:
             kind = _class_of(pretrained_model_name_or_path, **hub_arguments(kwargs))
             return kind.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         asked = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except (OSError, SafetensorError) as error:
+            raise _not_loaded(pretrained_model_name_or_path, error) from error
         # What is missing would be drawn at random, and recommend at random.
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(map(str, info[kind])):
@@ -397,8 +415,7 @@ def _class_of(source: str | os.PathLike, **hub_kwargs) -> type[RecommenderModel]
     try:
         config = AutoConfig.from_pretrained(source, **hub_kwargs)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigurationError(f"Cannot load a recommender from {str(source)!r}: {reason}") from error
+        raise _not_loaded(source, error) from error
     kind = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else object
     if not issubclass(kind, RecommenderModel):
         raise ConfigurationError(
@@ -406,6 +423,20 @@ def _class_of(source: str | os.PathLike, **hub_kwargs) -> type[RecommenderModel]
             "is registered by AutoConfig.register and AutoModel.register."
         )
     return kind
+
+
+def _not_loaded(source: str | os.PathLike, error: Exception) -> ConfigurationError:
+    reason = str(error).strip().splitlines()[0]
+    return ConfigurationError(f"Cannot load a recommender from {str(source)!r}: {reason}")
+
+
+def _check_sizes(config: PreTrainedConfig) -> None:
+    """Raise for a configuration that no model can be built by."""
+    for name in ("num_items", "hidden_size", "item_dim", "max_length"):
+        if (size := getattr(config, name, 1)) < 1:
+            raise ConfigurationError(f"{name} must be at least 1, got {size}.")
+    if not 0 <= (dropout := getattr(config, "dropout", 0.0)) < 1:
+        raise ConfigurationError(f"dropout must be in [0, 1), got {dropout}.")
 
 
 def stored_weights(source: str | os.PathLike, **hub_kwargs) -> dict[str, torch.Tensor]:
@@ -425,9 +456,11 @@ def _best(scores: torch.Tensor, k: int) -> Iterator[tuple[list[int], list[float]
         yield row_indices[kept].tolist(), row_values[kept].tolist()
 
 
-def _in_place(on_unknown: str) -> str:
-    """How a vocabulary is asked for ids in their places, those it does not know as 0 if they are ignored."""
-    return "zero" if on_unknown == "ignore" else on_unknown
+def _id_list(values, name: str) -> list:
+    """A list of what holds several things; a text would pass for a list of its letters."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise DataError(f"{name} must be a list, got {values!r}: one item is a list of one, ['B00001'].")
+    return list(values)
 
 
 def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:

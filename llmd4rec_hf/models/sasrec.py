@@ -45,7 +45,7 @@ class SASRecConfig(PreTrainedConfig):
         intermediate_size: int | None = None,
         **kwargs,
     ):
-        if hidden_size % num_heads:
+        if num_heads < 1 or hidden_size % num_heads:
             raise ConfigurationError(f"num_heads ({num_heads}) must divide hidden_size ({hidden_size}).")
         self.num_items = num_items
         self.hidden_size = hidden_size

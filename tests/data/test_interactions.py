@@ -115,6 +115,16 @@ class TestColumns:
         log = load_interactions(table, columns={"user_id": "who", "device": "device"})
         assert log[0] == {"user_id": "x", "item_id": 3, "timestamp": 5, "device": "phone"}
 
+    def test_a_name_of_ours_that_is_not_quite_it_is_refused(self):
+        """`time` for `timestamp` would be one more column, and the log in the order of the file."""
+        table = pd.DataFrame({"nutzer": [1, 1], "ding": [3, 4], "zeit": [9, 5]})
+        columns = {"user_id": "nutzer", "item_id": "ding", "time": "zeit"}
+        with pytest.raises(DataError, match="'time' is none of our columns; did you mean 'timestamp' for 'zeit'"):
+            load_interactions(table, columns=columns)
+        columns["timestamp"] = "zeit"
+        del columns["time"]
+        assert load_interactions(table, columns=columns)["item_id"] == [4, 3]
+
     def test_ids_keep_leading_zeros(self, tmp_path):
         (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n1,0012,1\n1,34,2\n")
         assert load_interactions(tmp_path / "log.csv")["item_id"] == ["0012", "34"]

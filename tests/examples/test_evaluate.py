@@ -91,7 +91,8 @@ def test_a_prepared_folder_is_split_as_it_was(main, saved_crm, log_file, tmp_pat
 def test_new_items_can_be_skipped(main, saved_crm, log_file, tmp_path, capsys, fails):
     with open(log_file, "a") as file:
         file.write("u00,new,99\n")
-    fails(main, ["--model", saved_crm, "--dataset", log_file], "not in the vocabulary, first 'new'")
+    words = ["--model", saved_crm, "--dataset", log_file]
+    fails(main, words, f"first 'new'; they are in --dataset {log_file}, and --new_items skip")
     main(["--model", saved_crm, "--dataset", log_file, "--new_items", "skip", "--use_cpu"])
     assert "40 rows" in capsys.readouterr().out
 
@@ -101,6 +102,15 @@ def test_a_place_for_the_output_that_is_not_there(main, option, capsys):
     with pytest.raises(SystemExit):
         main(["--model", "any", option, "no/folder/out"])
     assert f"argument {option}: there is no folder 'no/folder'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--model", "any", option, "."])
+    assert f"argument {option}: '.' is a folder" in capsys.readouterr().err
+
+
+def test_batches_of_no_history(main, capsys):
+    with pytest.raises(SystemExit):
+        main(["--model", "any", "--batch_size", "0"])
+    assert "argument --batch_size: '0' is no whole number of at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,8 @@ def test_a_place_for_the_output_that_is_not_there(main, saved_crm, capsys):
         (["--history", "i01", "--output", "out.pkl"], "its ending must be one of .csv"),
         (["--history", "i01", "--k", "0"], "k must be at least 1"),
         (["--history", "i01", "--candidates", "nowhere.txt"], "Cannot read the candidates in nowhere.txt"),
-        (["--similar_to", "x"], "not in the vocabulary"),
+        (["--similar_to", "x"], "not in the vocabulary, first 'x'; --skip_unknown leaves them out"),
+        (["--history", "i01", "--candidates", __file__], "; --skip_unknown leaves them out"),
     ],
 )
 def test_errors_are_one_line(main, saved_crm, fails, words, message):

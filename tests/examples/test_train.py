@@ -13,6 +13,7 @@ import torch
 
 from llmd4rec_hf import RecommenderModel
 from llmd4rec_hf.data import prepare
+from llmd4rec_hf.errors import ConfigurationError
 from llmd4rec_hf.evaluation.results import FLOOR_KEY
 
 
@@ -100,6 +101,8 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     (tmp_path / "short.csv").write_text("user_id,item_id,timestamp\n1,2,3\n1,3,4\n2,2,5\n")
     (tmp_path / "good.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"1,{i},{i}\n" for i in range(9)))
     (tmp_path / "bad.yaml").write_text("- 1\n- 2\n")
+    (tmp_path / "on.yaml").write_text("on: 1\n")
+    (tmp_path / "latin.yaml").write_bytes("prompt: café {history}\n".encode("latin-1"))
     good = ["--dataset", str(tmp_path / "good.csv")]
     prepare(tmp_path / "good.csv", output_dir=tmp_path / "prepared", with_floors=False)
     return {
@@ -109,7 +112,7 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "no user with three items": (["--dataset", str(tmp_path / "short.csv")], "3"),
         "options of prepared data": (
             ["--dataset", str(tmp_path / "prepared"), "--k_core", "3"],
-            "without --k_core",
+            "nothing would come of --k_core: leave out",
         ),
         "unknown LLM": ([*good, "--llm", str(tmp_path / "no-model")], "no-model"),
         "unknown CRM": ([*good, "--crm", str(tmp_path / "no-model")], "no-model"),
@@ -117,6 +120,22 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "bad temperature": ([*good, "--llm_temperature", "0"], "temperature must be positive"),
         "prompt without history": ([*good, "--prompt", "hello"], "{history}"),
         "bad configuration": (["--config", str(tmp_path / "bad.yaml")], "bad.yaml"),
+        "an option that YAML takes for true": (["--config", str(tmp_path / "on.yaml")], "on.yaml must hold"),
+        "configuration in another encoding": (["--config", str(tmp_path / "latin.yaml")], "latin.yaml: 'utf-8' codec"),
+        "no width": ([*good, "--hidden_size", "0"], "hidden_size must be at least 1, got 0"),
+        "too much dropout": ([*good, "--dropout", "2"], "dropout must be in [0, 1), got 2.0"),
+        "too much dropout of the LLM": ([*good, "--llm_dropout", "1"], "dropout must be in [0, 1), got 1.0"),
+        "learning away from it": ([*good, "--llm_learning_rate", "-1"], "llm_args: learning_rate must be at least 0"),
+        "empty batches": (
+            [*good, "--llm_per_device_train_batch_size", "0"],
+            "llm_args: per_device_train_batch_size must be at least 1",
+        ),
+        "a metric that is not measured": (
+            [*good, "--crm_metric_for_best_model", "hr10"],
+            "crm_args: metric_for_best_model must be one of loss, hr@5",
+        ),
+        "an integration that is not there": ([*good, "--llm_report_to", "paper"], "paper is not supported"),
+        "half precision that is not there": ([*good, "--crm_fp16", "yes", "--crm_bf16", "yes"], "The CRM's training"),
         "heads that do not divide": ([*good, "--rounds", "0"], "rounds must be at least 1"),
     }
 
@@ -135,11 +154,32 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(script, case, tmp_path, 
     assert not folder.exists()
 
 
+def test_options_that_a_folder_was_prepared_with_may_be_given_again(script, tmp_path):
+    rows = "".join(f"{user},{item},{item}\n" for user in range(4) for item in range(9))
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n" + rows)
+    prepare(tmp_path / "log.csv", output_dir=tmp_path / "data", with_floors=False, k_user=3, k_item=3)
+    words = ["--dataset", str(tmp_path / "data"), "--output_dir", "x", "--use_cpu", "--k_core"]
+    assert len(script.load_data(script.parse([*words, "3"])[0]).vocabulary) == 9
+    with pytest.raises(ConfigurationError, match="nothing would come of --k_core"):
+        script.load_data(script.parse([*words, "2"])[0])
+
+
+def test_an_llm_recommender_is_no_base_model(script, make_llm, log_file, tmp_path, capsys):
+    make_llm().save_pretrained(tmp_path / "llm")
+    with pytest.raises(SystemExit):
+        script.main(["--dataset", str(log_file), "--llm", str(tmp_path / "llm"), "--output_dir", "not-written"])
+    assert "is an LLM recommender already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--crm_epochs", "3"], "unknown training argument --crm_epochs"),
         (["--epochs", "3"], "unknown option --epochs"),
+        (["--rounds", "2", "3"], "'3' belongs to no option"),
+        (["items.csv", "--dataset", "log.csv"], "'items.csv' belongs to no option"),
+        (["--crm_learning_rate", "1e-3", "items.csv", "--dataset", "log.csv"], "'items.csv' belongs to no option"),
+        (["--seed", "-1"], "argument --seed"),
         (["--push_to_hub"], "--hub_model_id"),
         (["--no-item_text", "--title_vectors"], "--title_vectors needs --item_text"),
         (["--format", "pickle"], "invalid choice"),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
 from llmd4rec_hf.data import ItemVocabulary
-from llmd4rec_hf.errors import ConfigurationError, DataError
+from llmd4rec_hf.errors import ConfigurationError, DataError, UnknownItemsError
 from llmd4rec_hf.models import Recommendations, RecommenderModel
 
 
@@ -119,6 +119,28 @@ def test_recommend_unknown_items(table):
     assert table.recommend([[unknown]], on_unknown="ignore").ids == [[]]
     with pytest.raises(DataError, match="History 1 is empty"):
         table.recommend([e(1), []])
+
+
+def test_a_text_is_no_list_of_its_letters(table):
+    """With items named 1 to 5, "12" would be a history of 1 and 2."""
+    for history in ("12", 12):
+        with pytest.raises(DataError, match="History 1 must be a list, got '?12"):
+            table.recommend([table.external(1), history])
+        with pytest.raises(DataError, match="item_ids must be a list, got '?12"):
+            table.similar_items(history)
+        with pytest.raises(DataError, match="candidates must be a list, got '?12"):
+            table.recommend([table.external(1)], candidates=history)
+    with pytest.raises(DataError, match="histories must be a list, got '12'"):
+        table.recommend("12")
+
+
+def test_errors_name_the_remedies_of_what_was_called(table):
+    unknown = type(table.external(1)[0])("99")
+    for call in (lambda: table.recommend([[unknown]]), lambda: table.similar_items([unknown])):
+        with pytest.raises(UnknownItemsError, match="; on_unknown='ignore' leaves them out"):
+            call()
+    with pytest.raises(ConfigurationError, match="on_unknown must be 'raise' or 'ignore', got 'zero'"):
+        table.recommend([[unknown]], on_unknown="zero")
 
 
 def test_recommend_errors(table):

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from llmd4rec_hf.data import ItemVocabulary, SequenceCollator
 from llmd4rec_hf.errors import ConfigurationError
-from llmd4rec_hf.models import GRU4RecModel, RecommenderModel, RecommenderOutput, SASRecModel
+from llmd4rec_hf.models import GRU4RecModel, RecommenderModel, RecommenderOutput, SASRecConfig, SASRecModel
 
 
 AUTO_MODEL_TAKES_ADAPTERS = Version(transformers.__version__) >= Version("5.4")
@@ -32,6 +32,33 @@ def encode(model, ids, mask=None):
 
 
 # --- the protocol ----------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_are_missing_or_damaged_are_named(make_crm, tmp_path):
+    make_crm().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ConfigurationError, match=f"Cannot load a recommender from '{tmp_path}'"):
+        RecommenderModel.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(ConfigurationError, match="model.safetensors"):
+        RecommenderModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_items": 0}, "num_items must be at least 1, got 0"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"hidden_size": -4}, "hidden_size must be at least 1, got -4"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"num_heads": 0}, r"num_heads \(0\) must divide"),
+    ],
+)
+def test_sizes_that_no_model_has(sizes, message):
+    with pytest.raises(ConfigurationError, match=message):
+        SASRecModel(SASRecConfig(**{"num_items": 5, **sizes}))
 
 
 def test_shapes(kind, still_model, batch, sizes):
