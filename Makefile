@@ -45,6 +45,7 @@ bench: $(INSTALLED) ## run the benchmarks that need no other package, one after 
 	for script in loss overhead scaling; do $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
 
 bench-quality: $(INSTALLED) ## one row of the quality tables (ROW=sasrec DATA=folder LLM=folder-or-id SEED=0)
+	@test -n "$(DATA)" || { echo "make bench-quality needs DATA=FOLDER, a data set with titles"; exit 2; }
 	$(BIN)/python benchmarks/quality/run.py $(ROW) --data $(DATA) --seed $(SEED) $(if $(LLM),--backbone $(LLM)) $(ARGS)
 
 docs: $(INSTALLED) ## build the documentation into site/ (ARGS="-d FOLDER" for another place)

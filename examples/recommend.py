@@ -93,6 +93,8 @@ def show(names: list, found: Recommendations, model: RecommenderModel, console: 
         titles = [vocabulary.text(internal) for internal in vocabulary.encode(ids)] if vocabulary.texts else ids
         for rank, (item, title, score) in enumerate(zip(ids, titles, scores, strict=True), start=1):
             table.add_row(str(rank), escaped(str(item)), escaped(str(title)), f"{score:.3f}")
+        if not ids:
+            table.add_row("", "nothing is left to recommend", "", "")
         console.print(table)
     if len(names) > SHOWN:
         console.print(f"... and {len(names) - SHOWN:,} more: --output FILE writes all of them.")

@@ -99,7 +99,8 @@ def resolve_columns(
         found = ", ".join(map(repr, names[:12]))
         raise DataError(
             f"{where}: no column for {', '.join(missing)} among {found}; "
-            f"the first line must name the columns, or pass columns={{{missing[0]!r}: ...}}"
+            f"the first line must name the columns, or say which it is: columns={{{missing[0]!r}: ...}} "
+            f"(--columns {missing[0]}=...)"
         )
     return columns
 

@@ -26,7 +26,7 @@ class SASRecConfig(PreTrainedConfig):
         num_heads (`int`, *optional*, defaults to 1): attention heads; must divide `hidden_size`.
         max_length (`int`, *optional*, defaults to 50): longest history the model reads, in items.
         dropout (`float`, *optional*, defaults to 0.5): dropout of embeddings, attention and feed-forward outputs. On
-            sparse logs (a handful of events per user) 0.5 and more is best, on dense ones 0.1 to 0.2.
+            sparse logs (a handful of events per user) 0.5 and more is best, on dense ones often less.
         intermediate_size (`int`, *optional*): width of the feed-forward layer; `hidden_size` by default.
     """
 

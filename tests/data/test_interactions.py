@@ -286,8 +286,12 @@ class TestBadInput:
             load_interactions(tmp_path / "log.txt")
 
     def test_folder(self, tmp_path):
+        with pytest.raises(DataError, match="the folder is empty"):
+            load_interactions(tmp_path)
+        (tmp_path / "notes").touch()
         with pytest.raises(DataError, match="format not recognised"):
             load_interactions(tmp_path)
+        (tmp_path / "notes").unlink()
         (tmp_path / "interactions.csv").write_text(CSV)
         (tmp_path / "interactions.csv.gz").write_bytes(gzip.compress(CSV.encode()))
         with pytest.raises(DataError, match="holds interactions.csv, interactions.csv.gz; keep one"):

@@ -154,7 +154,7 @@ CASES = {
     "log: a column that is not there": (text(LOG, columns={"user_id": "who"}), "who"),
     "log: one of our columns that is none": (text(LOG, columns={"userid": "user_id"}), "no column for user_id"),
     "log: a number": (lambda known, folder: load_interactions(7), "int"),
-    "log: an empty folder": (lambda known, folder: load_interactions(folder), "format not recognised"),
+    "log: an empty folder": (lambda known, folder: load_interactions(folder), "the folder is empty"),
     # catalogues
     "items: twice with other titles": (text("item_id,title\n1,a\n1,b\n", load=load_items), "occurs more than once"),
     "items: a missing id": (text("item_id,title\n1,a\n,b\n", load=load_items), "item_id"),

@@ -120,6 +120,8 @@ def detect_format(path: Path, name: str = "auto") -> Format:
         raise DataError(f"{path}: no such file or folder; check the path")
     if path.is_file():
         refuse_unreadable(path)
+    elif not any(path.iterdir()):
+        raise DataError(f"{path}: the folder is empty; check the path")
     for format in FORMATS:
         if format.name == name or (name == "auto" and format.matches(path)):
             return format
