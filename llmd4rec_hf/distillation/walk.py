@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..evaluation.ranking import count_at_least
+from ..evaluation.ranking import count_ones
 from .listed_scores import ListedScores
 from .weighting import WEIGHTINGS, TargetOutcome, rank_weights
 
@@ -28,7 +29,7 @@ _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 _MIN_CHUNK_ROWS = 64
 # Bytes of one slice x items buffer, of which a step holds three at most: on a CPU for each of its threads, and so few
 # that they stay in its core's own cache; on a GPU launch overhead asks for more.
-_SLICE_BYTES = {"cpu": 768 << 10, "cuda": 256 << 20}
+_SLICE_BYTES = {"cpu": 512 << 10, "cuda": 256 << 20}
 # Items that go into one float32 product of scores on a CPU: a whole catalogue at once takes up to twice as long on
 # some, since MKL first repacks it all into memory of its own, and few at once waste the rows that were read for them.
 _SCORE_BLOCK_ITEMS = 1024
@@ -58,6 +59,11 @@ class LossSettings:
     @property
     def kl_scale(self) -> float:
         return self.temperature**2 if self.scale_by_temperature_squared else 1.0
+
+    @property
+    def kl_factor(self) -> float:
+        """Of a weighted difference of both softened distributions in the gradient for the student's scores."""
+        return self.kl_weight * self.kl_scale / self.temperature
 
     @property
     def exponent_scale(self) -> float:
@@ -110,16 +116,13 @@ class Walk:
         self.shifted = not self._within_float32()
         empty = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
         self.buffer = empty(self.slice_rows, num_items)
-        # Of the student's plain softmax, of the differences of both exponents by the teacher's numerators, and of the
-        # distances of both softened distributions.
-        self.normalizers, self.cross, self.distances = empty(3, positions)
+        # Sums over the items, of shape `(rows, 1)`, a slice each: those of the student's plain softmax, and beside a
+        # teacher what `_add_kl` puts together.
+        self.normalizers: list[torch.Tensor] = []
+        self.kl_sums: list[tuple[torch.Tensor, ...]] = []
+        self.ranks = [labels.new_zeros(positions) for _ in range(2)]
         self.cross_entropy, self.kl, self.weights, self.agreement = empty(4, positions).zero_()
         self.gradients = (empty(hidden.shape), empty(item_matrix.shape).zero_()) if need_gradients else None
-
-    @property
-    def ranks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        student = self.student.ranks
-        return student, (torch.zeros_like(student) if self.teacher is None else self.teacher.ranks)
 
     def _within_float32(self) -> bool:
         """Whether no row needs a shift, by what the largest of its exponents can be."""
@@ -136,23 +139,30 @@ class Walk:
             self.student.multiply(chunk)
             if self.teacher is not None:
                 self.teacher.multiply(chunk)
-            for first in range(start, chunk.stop, self.slice_rows):
+            slices = range(start, chunk.stop, self.slice_rows)
+            for first in slices:
                 self._add_slice(slice(first, min(first + self.slice_rows, chunk.stop)))
             if self.gradients is not None:
-                self.student.add_gradients(self.normalizers[chunk], *self.gradients)
-        self._find_losses()
+                self.student.add_gradients(torch.cat(self.normalizers[-len(slices) :]), *self.gradients)
+        if positions:
+            self._find_losses()
 
     def _find_losses(self) -> None:
-        """From sums over the items to losses."""
-        student, teacher, settings = self.student, self.teacher, self.settings
-        self.cross_entropy = self.normalizers.log() - student.target_exponents / settings.exponent_scale
-        if teacher is None:
+        """From sums over the items to losses and ranks."""
+        settings = self.settings
+        targets = self.student.target_exponents.squeeze(1) / settings.exponent_scale
+        self.cross_entropy = _joined(self.normalizers).log() - targets
+        if settings.count_ranks:
+            sides = [side for side in (self.student, self.teacher) if side is not None]
+            self.ranks[: len(sides)] = [_joined(side.counts).long() for side in sides]
+        if self.teacher is None:
             return
+        sums, teacher_sums, cross, distances, self.weights = map(_joined, zip(*self.kl_sums, strict=True))
         # KL(p || q) = sum_i p_i (t_i - s_i) / T - lse(t / T) + lse(s / T)
-        kl = self.cross / teacher.sums * math.log(2) - teacher.sums.log() + student.sums.log()
+        kl = cross / teacher_sums * math.log(2) - teacher_sums.log() + sums.log()
         self.kl = self.weights * kl * settings.kl_scale
         # sum_i min(p_i, q_i) = 1 - sum_i |p_i - q_i| / 2
-        self.agreement = (1 - self.distances / (2 * student.sums)).clamp_min_(0)
+        self.agreement = (1 - distances / (2 * sums)).clamp_min_(0)
 
     def _add_slice(self, part: slice) -> None:
         """One slice's sums and ranks. Its scores in the student's products give way to their gradient."""
@@ -163,20 +173,22 @@ class Walk:
         else:
             teacher = self._exponents(self.teacher, part, buffer)
             numerators, kl_factors = self._add_kl(part, student, teacher, buffer)
-        normalizers = torch.sum(numerators, dim=1, out=self.normalizers[part]).unsqueeze(1)
+        normalizers = _row_sums(numerators)
+        self.normalizers.append(normalizers)
         if self.gradients is None:
             return
         gradient = numerators.scatter_add_(1, self.targets[part], -normalizers)
         if self.teacher is not None:
-            gradient = torch.addcmul(gradient, buffer, kl_factors.unsqueeze(1) * normalizers, out=student)
+            factor = self.settings.kl_factor
+            gradient = torch.addcmul(gradient, buffer, kl_factors * normalizers, value=factor, out=student)
         self.student.replace_scores(part, gradient, normalizers)
 
     def _exponents(self, side: _Side, part: slice, buffer: torch.Tensor) -> torch.Tensor:
-        """A slice of one model's, to be written over; the true items' ranks are put down. So is the buffer."""
+        """A slice of one model's, to be written over, as is the buffer; the true items' ranks are put down."""
         exponents = side.exponents(part)
-        target = side.target_exponents[part].unsqueeze(1)
+        target = side.target_exponents[part]
         if self.settings.count_ranks:
-            side.ranks[part] = count_at_least(exponents, target, buffer)
+            side.counts.append(count_ones(torch.ge(exponents, target, out=buffer)))
         if self.shifted:
             largest = exponents.amax(dim=1, keepdim=True)
             exponents.sub_(largest)
@@ -186,17 +198,16 @@ class Walk:
     def _add_kl(self, part, student, teacher, buffer):
         """
         What a slice's KL, weights and agreement are made of, given both models' exponents. Returns the numerators of
-        the student's plain softmax, and factors of shape `(rows,)` that make KL's gradient for the student's scores of
-        what `buffer` then holds.
+        the student's plain softmax, and factors of shape `(rows, 1)` that make of what `buffer` then holds, but for
+        `kl_factor`, KL's gradient for the student's scores.
         """
         temperature, settings = self.settings.temperature, self.settings
         teacher_softened = torch.exp2(teacher, out=buffer)
-        teacher_sums = torch.sum(teacher_softened, dim=1, out=self.teacher.sums[part])
-        torch.sum(teacher.sub_(student).mul_(teacher_softened), dim=1, out=self.cross[part])
+        teacher_sums = _row_sums(teacher_softened)
+        cross = _row_sums(teacher.sub_(student).mul_(teacher_softened))
         softened = torch.exp2(student, out=teacher)
-        sums = torch.sum(softened, dim=1, out=self.student.sums[part])
-        ratios = (sums / teacher_sums).unsqueeze(1)
-        difference = torch.addcmul(softened, teacher_softened, ratios, value=-1, out=buffer)
+        sums = _row_sums(softened)
+        difference = torch.addcmul(softened, teacher_softened, sums / teacher_sums, value=-1, out=buffer)
         if temperature == 1:
             numerators, spare = softened, student
         elif temperature == 2 and settings.kl_weight:
@@ -205,10 +216,21 @@ class Walk:
             numerators, spare = torch.mul(softened, softened, out=student), softened
         else:
             numerators, spare = student.mul_(temperature).exp2_(), softened
-        torch.sum(torch.abs(difference, out=spare), dim=1, out=self.distances[part])
-        weights = sample_weights(self.student.outcome(part), self.teacher.outcome(part), settings)
-        self.weights[part] = weights
-        return numerators, weights * (settings.kl_weight * settings.kl_scale / temperature) / sums
+        distances = _row_sums(torch.abs(difference, out=spare))
+        outcomes = _SliceOutcome(self.student, part, sums), _SliceOutcome(self.teacher, part, teacher_sums)
+        weights = sample_weights(*outcomes, settings).unsqueeze(1)
+        self.kl_sums.append((sums, teacher_sums, cross, distances, weights))
+        return numerators, weights / sums
+
+
+def _row_sums(values: torch.Tensor) -> torch.Tensor:
+    """Of shape `(rows, 1)`."""
+    return values.sum(dim=1, keepdim=True)
+
+
+def _joined(columns: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All slices' `(rows, 1)` as one `(P,)`."""
+    return torch.cat(tuple(columns)).squeeze(1)
 
 
 class _Side:
@@ -216,20 +238,16 @@ class _Side:
     What the walk keeps of one model.
 
     Attributes:
-        ranks (`torch.LongTensor` of shape `(P,)`): the true items'; zeros where they are not counted.
-        target_exponents (`torch.FloatTensor` of shape `(P,)`): the true items' scores as exponents to the base 2,
+        target_exponents (`torch.FloatTensor` of shape `(P, 1)`): the true items' scores as exponents to the base 2,
             which cost a third of those to the base e on some CPUs: `2**exponents` are the numerators of the softened
             distribution.
-        sums (`torch.FloatTensor` of shape `(P,)`): of the numerators.
+        counts (`list` of `torch.Tensor` of shape `(rows, 1)`): a slice each, of the items that reach the true one:
+            its rank. None where they are not counted.
     """
 
     def __init__(self, targets: torch.Tensor):
-        self.targets, self.ranks = targets, torch.zeros_like(targets[:, 0])
-        self.target_exponents, self.sums = torch.empty(2, len(targets), dtype=torch.float32, device=targets.device)
-
-    def outcome(self, part: slice) -> TargetOutcome:
-        """What becomes of the true items of a slice."""
-        return TargetOutcome(self.ranks[part], self.target_exponents[part] * math.log(2) - self.sums[part].log())
+        self.targets, self.counts = targets, []
+        self.target_exponents = torch.empty(targets.shape, dtype=torch.float32, device=targets.device)
 
 
 class _ScoredSide(_Side):
@@ -262,12 +280,12 @@ class _ScoredSide(_Side):
             torch.mm(hidden, self.items.T, out=out)
             # Rounded, the true item would tie with many others: both its loss and its rank want its score exact.
             own = self.exact_items[targets.squeeze(1)].float()
-            self.target_exponents[chunk] = torch.linalg.vecdot(scaled, own)
+            self.target_exponents[chunk] = torch.linalg.vecdot(scaled, own).unsqueeze(1)
             return
         block = self._block(_SCORE_BLOCK_ITEMS)
         for items, exponents in zip(self.items.split(block), out.split(block, dim=1), strict=True):
             torch.mm(hidden, items.T, out=exponents)
-        self.target_exponents[chunk] = out.gather(1, targets).squeeze(1)
+        self.target_exponents[chunk] = out.gather(1, targets)
 
     def rows(self, part: slice) -> torch.Tensor:
         """The rows of the products that belong to a part of the positions."""
@@ -278,8 +296,8 @@ class _ScoredSide(_Side):
         exponents = self.rows(part)
         if not self.rounded:
             return exponents
-        exact = self.target_exponents[part].unsqueeze(1)
-        return self.buffer[: len(exponents)].copy_(exponents).scatter_(1, self.targets[part], exact)
+        exact = self.targets[part], self.target_exponents[part]
+        return self.buffer[: len(exponents)].copy_(exponents).scatter_(1, *exact)
 
     def replace_scores(self, part: slice, gradient: torch.Tensor, divisors: torch.Tensor) -> None:
         """
@@ -300,11 +318,10 @@ class _ScoredSide(_Side):
     def add_gradients(self, divisors: torch.Tensor, grad_hidden: torch.Tensor, grad_items: torch.Tensor) -> None:
         """
         From the gradient of the chunk's scores, in their place, to those of hidden states and item matrix. Its rows
-        are divided only here, since a hidden state has fewer numbers.
+        are divided only here, by `divisors` of shape `(rows, 1)`, since a hidden state has fewer numbers.
         """
         gradient = self.rows(self.chunk)
         factors = torch.ones_like(divisors) if self._divides_at_once else divisors.reciprocal()
-        factors = factors.unsqueeze(1)
         hidden = (self.hidden[self.chunk] * factors).to(self.items.dtype)
         torch.mul(torch.mm(gradient, self.items), factors, out=grad_hidden[self.chunk])
         if self.rounded:
@@ -337,8 +354,23 @@ class _ListedSide(_Side):
     def exponents(self, part: slice) -> torch.Tensor:
         """Those of a slice in float32, to be written over."""
         exponents = self.lists[part].dense(self.num_items, out=self.buffer[: part.stop - part.start]).mul_(self.scale)
-        self.target_exponents[part] = exponents.gather(1, self.targets[part]).squeeze(1)
+        self.target_exponents[part] = exponents.gather(1, self.targets[part])
         return exponents
+
+
+class _SliceOutcome:
+    """The [`TargetOutcome`] of a slice at hand, of which most weightings ask for one half alone."""
+
+    def __init__(self, side: _Side, part: slice, sums: torch.Tensor):
+        self._side, self._part, self._sums = side, part, sums
+
+    @property
+    def ranks(self) -> torch.Tensor:
+        return self._side.counts[-1].squeeze(1).long()
+
+    @property
+    def log_probs(self) -> torch.Tensor:
+        return (self._side.target_exponents[self._part] * math.log(2) - self._sums.log()).squeeze(1)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype:

@@ -151,10 +151,15 @@ def count_at_least(scores: torch.Tensor, target: torch.Tensor, buffer: torch.Ten
     return _count(torch.ge(scores, target, out=buffer))
 
 
-def _count(marks: torch.Tensor) -> torch.Tensor:
-    """How many of each row's zeros and ones are ones."""
+def count_ones(marks: torch.Tensor) -> torch.Tensor:
+    """How many of the zeros and ones of each row of floats are ones, as whole floats of shape `(C, 1)`."""
     # Floats are added up several times faster than booleans, and whole numbers exactly up to 2**24.
-    return marks.sum(dim=1, dtype=torch.float32 if marks.shape[1] < 2**24 else torch.float64).long()
+    dtype = torch.float32 if marks.shape[1] < 2**24 else torch.float64
+    return marks.sum(dim=1, keepdim=True, dtype=dtype)
+
+
+def _count(marks: torch.Tensor) -> torch.Tensor:
+    return count_ones(marks).squeeze(1).long()
 
 
 def _count_ranks(scores: torch.Tensor, target: torch.Tensor, ties: str, buffer: torch.Tensor) -> torch.Tensor:
