@@ -80,6 +80,7 @@ MEMORY = [
     for dtype, rest in product(DTYPES, (None, (256, 150_000, 64, 128)))
 ]
 TRAFFIC_ITEMS = 20_000
+# The first is fitted to, the others are held out.
 BACKBONES = ((256, 2), (512, 4), (768, 6))
 
 
@@ -282,8 +283,12 @@ def loopback_bytes() -> int:
 
 
 def check_encoders(tokens: int = 512) -> list[dict]:
-    """Forward and backward of Llamas, beside 6 operations per parameter and token at the rate of one such product."""
-    found = []
+    """
+    Forward and backward of Llamas, beside 6 operations per parameter and token at the rate of one such product, and
+    seconds per token, layer and dimension for what lies between the products: fitted to the smallest, held out are the
+    others.
+    """
+    found, between = [], None
     for width, layers in BACKBONES:
         backbone, _ = build_tiny_llm(["a user chose these items"], hidden_size=width, num_layers=layers)
         inputs, weight = torch.randn(64, tokens // 64, width), torch.randn(2 * width, width)
@@ -294,8 +299,14 @@ def check_encoders(tokens: int = 512) -> list[dict]:
         times = interleaved_times(run, 5)
         measured, product_seconds = (times[name]["processor_seconds"] for name in run)
         count = sum(p.numel() for p in backbone.layers.parameters())
-        predicted = 6 * count / (2 * weight.numel()) * product_seconds
+        products = 6 * count / (2 * weight.numel()) * product_seconds
         facts = {"width": width, "layers": layers, "parameters": count, "tokens": tokens, **times["backbone"]}
+        facts |= {"products": products}
+        if between is None:
+            between = (measured - products) / (tokens * layers * width)
+            found.append(facts | {"between_products": between})
+            continue
+        predicted = products + between * tokens * layers * width
         found.append(facts | {"predicted": predicted, "error": predicted / measured - 1})
     return found
 

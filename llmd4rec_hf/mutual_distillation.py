@@ -467,6 +467,8 @@ def _check_arguments(side: str, args: DistillationArguments) -> None:
     for name, least in bounds.items():
         if getattr(args, name) < least:
             raise ConfigurationError(f"{side}_args: {name} must be at least {least}, got {getattr(args, name)}.")
+    if args.prediction_loss_only:
+        raise ConfigurationError(f"{side}_args: a run chooses by ranks, which prediction_loss_only leaves out.")
     metrics = ("loss", *ranking_metrics([1]))
     best = args.metric_for_best_model
     if best is not None and best.removeprefix("eval_") not in metrics:

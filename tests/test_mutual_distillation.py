@@ -357,6 +357,8 @@ def test_bad_arguments_are_named(make_run, tmp_path):
         MutualDistillationConfig(str(tmp_path), crm_teachers="crm")
     with pytest.raises(ConfigurationError, match="scores 12 items and the vocabulary holds 2"):
         make_run("x", items=ItemVocabulary(["a", "b"]))
+    with pytest.raises(ConfigurationError, match="crm_args: a run chooses by ranks"):
+        make_run("x", crm_args={"prediction_loss_only": True})
     with pytest.raises(ConfigurationError, match="agree on seen_items"):
         make_run("x", llm_args={"seen_items": "keep"})
 

@@ -257,6 +257,8 @@ def _check_shapes(hidden, item_matrix, labels, teacher_hidden, teacher_item_matr
             f"hidden must be (P, d) and item_matrix (N + 1, d), got {tuple(hidden.shape)} and "
             f"{tuple(item_matrix.shape)}."
         )
+    if item_matrix.shape[0] < 2:
+        raise ConfigurationError("item_matrix holds no item: row 0 is padding.")
     if labels.shape != hidden.shape[:1]:
         raise ConfigurationError(f"labels must be of shape {tuple(hidden.shape[:1])}, got {tuple(labels.shape)}.")
     if (teacher_hidden is None) != (teacher_item_matrix is None):

@@ -28,6 +28,8 @@ from ..processes import on_every_process, on_main_process
 logger = logging.get_logger(__name__)
 
 OFFSETS_NAME = "offsets.npy"
+# Beyond it, and a thousand times the number of rows, row ids are taken for other things than numbers of rows.
+_LARGEST_ROW_ID = 10**6
 VOCABULARY_NAME = "vocabulary.json"
 # All that a folder may hold which a new cache takes the place of.
 _CACHE_FILES = re.compile(
@@ -299,6 +301,11 @@ def _write_shards(
     counts = position_counts(dataset, max_length)
     if len(np.unique(row_ids)) < len(row_ids) or row_ids.min(initial=0) < 0:
         raise CacheError("A teacher cache needs unique, non-negative row ids: `row_id` repeats or is negative.")
+    if row_ids.max(initial=0) > _LARGEST_ROW_ID + 1000 * len(row_ids):
+        raise CacheError(
+            f"The largest row id of {len(row_ids)} rows is {row_ids.max()}, and a cache takes 8 bytes for each up "
+            "to it: number the rows from 0 (`dataset.map(lambda row, index: {'row_id': index}, with_indices=True)`)."
+        )
     # One entry per id up to the largest: ids that are not in this split own no position.
     per_id = np.zeros(row_ids.max(initial=-1) + 1, dtype=np.int64)
     per_id[row_ids] = counts

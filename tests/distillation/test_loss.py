@@ -420,6 +420,7 @@ def test_a_weighting_of_ones_own_gets_ranks(monkeypatch):
         ({"hidden": torch.zeros(3, 3)}, r"hidden must be \(P, d\)"),
         ({"hidden": torch.zeros(1, 3, 2)}, r"hidden must be \(P, d\)"),
         ({"item_matrix": torch.zeros(5)}, r"hidden must be \(P, d\)"),
+        ({"item_matrix": torch.zeros(1, 2)}, "item_matrix holds no item"),
         (
             {"teacher_item_matrix": torch.zeros(6, 4)},
             "The teacher scores 5 items and the student 4.*same item vocabulary",

@@ -306,6 +306,13 @@ def test_bad_row_ids(teacher, dataset, tmp_path, row_ids):
         TeacherCache.build(teacher, rows, tmp_path / "cache")
 
 
+def test_row_ids_that_are_no_numbers_of_rows(teacher, dataset, tmp_path):
+    """A cache has an offset for each id, and would ask for terabytes."""
+    rows = dataset.remove_columns("row_id").add_column("row_id", [0, 1, 2, 10**12, 3])
+    with pytest.raises(CacheError, match="largest row id of 5 rows is 1000000000000.*number the rows from 0"):
+        TeacherCache.build(teacher, rows, tmp_path / "cache")
+
+
 # --- item vectors for a student --------------------------------------------------------------------------------------
 
 
