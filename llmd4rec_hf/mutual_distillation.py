@@ -18,17 +18,16 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import DatasetDict
-from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from .data import ItemVocabulary
-from .data.sequences import item_id_range
 from .errors import ConfigurationError
 from .evaluation import ranking_metrics
 from .evaluation.report import write_report
 from .files import storage_errors_named, whole_folder, write_json, write_manifest
 from .models import LLMRecommender, RecommenderEnsemble, RecommenderModel
 from .processes import on_main_process
+from .run_checks import check_run
 from .run_results import assemble_results, dataset_entry, late_gain, protocol_entry, rounds_of
 from .run_state import (
     CONTROL,
@@ -61,8 +60,6 @@ RESULTS_NAME = "results.json"
 METRIC = "ndcg@10"
 REFRESH_MODES = ("copy", "off")
 CRM_TEACHERS = ("llm", "both")
-# What each split is for, for messages.
-USES = {"train": "learn from", "validation": "choose the best by", "test": "test on"}
 FRESH_STUDENTS = {"none": (), "llm": ("llm",), "crm": ("crm",), "both": ("llm", "crm")}
 
 
@@ -118,6 +115,11 @@ class MutualDistillationConfig:
                 f"crm_teachers must be one of {', '.join(CRM_TEACHERS)}, got {self.crm_teachers!r}."
             )
 
+    @property
+    def fresh_sides(self) -> tuple[str, ...]:
+        """Which sides begin every round anew."""
+        return FRESH_STUDENTS[self.fresh_students]
+
 
 class MutualDistillation:
     """
@@ -161,62 +163,11 @@ class MutualDistillation:
             "llm": llm_args or MutualDistillArguments(placeholder),
             "crm": crm_args or CRMArguments(placeholder),
         }
-        self._check()
+        check_run(self.models, self.args, self.sequences, self.vocabulary, config.fresh_sides)
         for model in self.models.values():
             model.vocabulary = vocabulary
         self.process = PartialState()
         self.state: dict = {}
-
-    def _check(self) -> None:
-        for side, kind in (("llm", MutualDistillArguments), ("crm", CRMArguments)):
-            if not isinstance(self.args[side], kind):
-                raise ConfigurationError(f"{side}_args must be {kind.__name__}, got {type(self.args[side]).__name__}.")
-            _check_arguments(side, self.args[side])
-        for name in ("train", "validation", "test"):
-            if name not in self.sequences:
-                raise ConfigurationError(f"sequences must hold train, validation and test; {name} is missing.")
-            if len(self.sequences[name]) == 0:
-                raise ConfigurationError(f"The {name} sequences are empty: there is nothing to {USES[name]}.")
-        for side, model in self.models.items():
-            if model.config.num_items != len(self.vocabulary):
-                raise ConfigurationError(
-                    f"The {side.upper()} scores {model.config.num_items} items and the vocabulary holds "
-                    f"{len(self.vocabulary)}: build both models with num_items=len(vocabulary)."
-                )
-            self._check_vocabulary(side, model)
-        if self.args["crm"].init_item_vectors and "crm" not in FRESH_STUDENTS[self.config.fresh_students]:
-            raise ConfigurationError(
-                "With init_item_vectors the CRM begins every round anew: set fresh_students to 'crm' or 'both'."
-            )
-        width = self.models["crm"].item_matrix().shape[1]
-        if self.models["llm"].config.item_dim != width:
-            raise ConfigurationError(
-                f"The CRM's item vectors are of width {width} and the LLM takes "
-                f"{self.models['llm'].config.item_dim}: build the LLM with item_dim={width}."
-            )
-        for name, split in self.sequences.items():
-            low, high = item_id_range(split)
-            if low < 1 or high > len(self.vocabulary):
-                raise ConfigurationError(
-                    f"The {name} sequences hold the item id {low if low < 1 else high}, outside of the vocabulary's "
-                    f"1..{len(self.vocabulary)}: split the log with this vocabulary."
-                )
-        if not self.args["llm"].refresh_item_vectors:
-            raise ConfigurationError("In a run MutualDistillationConfig.refresh decides: set it to 'off' instead.")
-        if self.args["llm"].seen_items != self.args["crm"].seen_items:
-            raise ConfigurationError(
-                "llm_args and crm_args must agree on seen_items, or their metrics do not compare."
-            )
-
-    def _check_vocabulary(self, side: str, model: RecommenderModel) -> None:
-        """A model that was trained over other items would take each for another one."""
-        theirs = model.vocabulary
-        if theirs is None or theirs.item_ids == self.vocabulary.item_ids:
-            return
-        raise ConfigurationError(
-            f"The {side.upper()} has another vocabulary than this run: {theirs.first_difference(self.vocabulary)}. "
-            "Build the run's vocabulary as the model's was, or train the model anew."
-        )
 
     # --- the run -------------------------------------------------------------------------------------------------
 
@@ -317,7 +268,7 @@ class MutualDistillation:
 
     def _start_of(self, phase: Phase) -> Path:
         """Where a phase's student starts: its own last round, in the same arm, or its initial weights."""
-        if phase.previous is None or phase.side in FRESH_STUDENTS[self.config.fresh_students]:
+        if phase.previous is None or phase.side in self.config.fresh_sides:
             return self.output_dir / "phases" / f"initial-{phase.side}"
         return self._model_folder(phase.previous)
 
@@ -456,30 +407,6 @@ class MutualDistillation:
                     write_manifest(partial)
 
         on_main_process(save)
-
-
-def _check_arguments(side: str, args: DistillationArguments) -> None:
-    """Raise for what would end a phase when those before it have been trained already."""
-    bounds = {"learning_rate": 0, "num_train_epochs": 0, "weight_decay": 0}
-    bounds |= dict.fromkeys(
-        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1
-    )
-    for name, least in bounds.items():
-        if getattr(args, name) < least:
-            raise ConfigurationError(f"{side}_args: {name} must be at least {least}, got {getattr(args, name)}.")
-    if args.prediction_loss_only:
-        raise ConfigurationError(f"{side}_args: a run chooses by ranks, which prediction_loss_only leaves out.")
-    metrics = ("loss", *ranking_metrics([1]))
-    best = args.metric_for_best_model
-    if best is not None and best.removeprefix("eval_") not in metrics:
-        raise ConfigurationError(
-            f"{side}_args: metric_for_best_model must be one of {', '.join(metrics)}, got {best!r}."
-        )
-    try:
-        for callback in get_reporting_integration_callbacks(args.report_to):
-            callback()
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise ConfigurationError(f"{side}_args: report_to={args.report_to}: {error}") from error
 
 
 def _keep_only(folder: Path, name: str) -> None:
