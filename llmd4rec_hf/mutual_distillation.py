@@ -110,6 +110,11 @@ class MutualDistillationConfig:
             raise ConfigurationError(
                 f"fresh_students must be one of {', '.join(FRESH_STUDENTS)}, got {self.fresh_students!r}."
             )
+        if self.refresh == "off" and "llm" in self.fresh_sides:
+            raise ConfigurationError(
+                "With refresh 'off' the LLM gets item vectors in the first round alone, and one that begins every "
+                "round anew would have none: set fresh_students to 'none' or 'crm', or refresh to 'copy'."
+            )
         if self.crm_teachers not in CRM_TEACHERS:
             raise ConfigurationError(
                 f"crm_teachers must be one of {', '.join(CRM_TEACHERS)}, got {self.crm_teachers!r}."
@@ -351,7 +356,8 @@ class MutualDistillation:
         best = max(phases, key=self._value)
         self.models[side].load_weights(self._model_folder(best))
         model = self._student(side)
-        args = dataclasses.replace(self.args[side], output_dir=str(self.output_dir / "phases" / "test"))
+        folder = str(self.output_dir / "phases" / "test")
+        args = dataclasses.replace(self.args[side], output_dir=folder, early_stopping_patience=None)
         trainer_class = MutualDistillTrainer if side == "llm" else CRMTrainer
         # `Trainer` asks for it where the arguments say when to evaluate.
         trainer = trainer_class(model, args, eval_dataset=self.sequences["validation"])

@@ -58,6 +58,7 @@ def dataset_entry(test: Dataset, vocabulary: ItemVocabulary, name: str, facts: d
         "interactions": int(column_array(test, "length").sum()),
         "hash": data_hash(test),
         **(facts or {}),
+        "test_rows": len(test),
     }
 
 

@@ -353,6 +353,8 @@ def test_bad_arguments_are_named(make_run, tmp_path):
         MutualDistillationConfig(str(tmp_path), refresh="ema")
     with pytest.raises(ConfigurationError, match="fresh_students must be one of"):
         MutualDistillationConfig(str(tmp_path), fresh_students="all")
+    with pytest.raises(ConfigurationError, match="would have none: set fresh_students"):
+        MutualDistillationConfig(str(tmp_path), refresh="off", fresh_students="both")
     with pytest.raises(ConfigurationError, match="crm_teachers must be one of llm, both, got 'crm'"):
         MutualDistillationConfig(str(tmp_path), crm_teachers="crm")
     with pytest.raises(ConfigurationError, match="scores 12 items and the vocabulary holds 2"):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import ConfigurationError, DataError
-from .arrow import sorted_codes, to_dataset
+from .arrow import is_string, sorted_codes, to_dataset
 from .columns import times
 from .interactions import log_table, sort_log
 
@@ -133,7 +133,11 @@ def _rated(table: pa.Table, least: float | None) -> np.ndarray | None:
     if "rating" not in table.column_names:
         raise DataError("min_rating is set and the log has no ratings; name their column or leave min_rating out")
     try:
-        ratings = table["rating"].cast(pa.float64())
+        ratings = table["rating"]
+        if is_string(ratings.type):
+            # In a text file, a rating that is not there.
+            ratings = pc.if_else(pc.equal(pc.utf8_trim_whitespace(ratings), ""), None, ratings)
+        ratings = ratings.cast(pa.float64())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(f"min_rating is set and the ratings are no numbers ({error}); correct them") from error
     return np.asarray(pc.fill_null(pc.greater_equal(ratings, least), False))

@@ -94,9 +94,14 @@ def _from_path(path: Path, part: str, format: str, columns: dict[str, Any] | Non
 
 
 def _are_positions(columns: dict[str, Any] | None, names: list[str] | None) -> bool:
-    """Whether the caller numbers the columns, as one does for a table without a header."""
+    """
+    Whether the caller numbers the columns, as one does for a table without a header. The values of its first line,
+    which are taken for names, may well be such numbers: user 1, item 0.
+    """
     given = [str(name) for name in (columns or {}).values()]
-    return bool(given) and all(name.isdigit() for name in given) and not set(given) & set(names or [])
+    places = [str(place) for place in range(len(names or given))]
+    # Only a header that counts the columns, as pandas writes one for those without a name, says the same itself.
+    return bool(given) and set(given) <= set(places) and names != places
 
 
 def _looks_like_hub_id(source: str) -> bool:

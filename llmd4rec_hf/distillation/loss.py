@@ -36,7 +36,8 @@ class DistillationLoss:
             positions (or by `num_items_in_batch`).
         kl (`torch.Tensor`, scalar): KL(teacher || student) in nats with sample weights and, if asked for, the squared
             temperature in it; divided like `cross_entropy`. Zero without a teacher.
-        weight_mean (`torch.Tensor`, scalar): mean sample weight, in [0, 2]. Zero without a teacher.
+        weight_mean (`torch.Tensor`, scalar): mean sample weight, in [0, 2] but for weightings of your own. Zero
+            without a teacher.
         agreement (`torch.Tensor`, scalar): mean overlap of the two softened distributions, `sum_i min(p_i, q_i)`, in
             [0, 1]. Zero without a teacher.
         student_ranks (`torch.LongTensor` of shape `(P,)`, *optional*): 1-based rank of the true item under the
@@ -78,9 +79,10 @@ def distillation_loss(
 
     The padding item (row 0 of both matrices) is outside both distributions. Softmaxes, losses, ranks and sums are in
     float32 whatever the inputs are; gradients come back in the inputs' dtypes. Matrix products are in float32 too,
-    except under autocast (`--bf16`), where they are in its dtype and the gradients' relative error stays below 1e-2;
-    the true item's own score is computed in float32 even then. Memory beyond inputs and gradients is one buffer of
-    `chunk_size x N` scores per model and, under autocast, a copy of both item matrices in its dtype.
+    except under autocast (`--bf16`), where they are in its dtype and the gradients' relative error stays below 1e-2
+    for scores up to about 20; the true item's own score is computed in float32 even then. Memory beyond inputs and
+    gradients is one buffer of `chunk_size x N` scores per model, smaller ones for slices of it (on a GPU up to three
+    of the same size), and a copy of both item matrices where their dtype is not the products'.
 
     Args:
         hidden (`torch.Tensor` of shape `(P, d)`):

@@ -4,8 +4,8 @@ The walk over the positions that a loss over all items is made of: chunks of sco
 
 On a CPU half of the time goes into matrix products, and most of the rest into reading and writing scores. So these
 are gone through as seldom as can be: products come out as exponents to the base 2, no row is shifted where float32
-holds it as it is or normalised (its hidden state is divided instead), and buffers are written over as soon as they are
-not needed any more.
+holds it as it is, none is normalised (what its gradient is multiplied with is divided instead), and buffers are
+written over as soon as they are not needed any more.
 """
 
 from __future__ import annotations
@@ -217,10 +217,18 @@ class Walk:
         else:
             numerators, spare = student.mul_(temperature).exp2_(), softened
         distances = _row_sums(torch.abs(difference, out=spare))
-        outcomes = _SliceOutcome(self.student, part, sums), _SliceOutcome(self.teacher, part, teacher_sums)
-        weights = sample_weights(*outcomes, settings).unsqueeze(1)
+        outcomes = self._outcome(self.student, part, sums), self._outcome(self.teacher, part, teacher_sums)
+        weights = sample_weights(*outcomes, settings).to(torch.float32).expand(len(sums)).unsqueeze(1)
         self.kl_sums.append((sums, teacher_sums, cross, distances, weights))
         return numerators, weights / sums
+
+    def _outcome(self, side: _Side, part: slice, sums: torch.Tensor) -> TargetOutcome:
+        """What becomes of the true items of the slice at hand. The paper's weights ask for ranks alone."""
+        ranks = side.counts[-1].squeeze(1).long() if side.counts else torch.zeros_like(self.targets[part, 0])
+        if self.settings.weighting == "rank":
+            return TargetOutcome(ranks, log_probs=None)
+        log_probs = (side.target_exponents[part] * math.log(2) - sums.log()).squeeze(1)
+        return TargetOutcome(ranks, log_probs)
 
 
 def _row_sums(values: torch.Tensor) -> torch.Tensor:
@@ -240,9 +248,9 @@ class _Side:
     Attributes:
         target_exponents (`torch.FloatTensor` of shape `(P, 1)`): the true items' scores as exponents to the base 2,
             which cost a third of those to the base e on some CPUs: `2**exponents` are the numerators of the softened
-            distribution.
+            distribution. Where rows are shifted, those of slices that are gone through are relative to the largest.
         counts (`list` of `torch.Tensor` of shape `(rows, 1)`): a slice each, of the items that reach the true one:
-            its rank. None where they are not counted.
+            its rank. Empty where they are not counted.
     """
 
     def __init__(self, targets: torch.Tensor):
@@ -253,7 +261,7 @@ class _Side:
 class _ScoredSide(_Side):
     """
     Hidden states and items (without padding), and a chunk of their products in the products' dtype: first the scores
-    as exponents, then what row factors make the gradient of the scores of.
+    as exponents, then the scores' gradient, up to one factor per row.
     """
 
     def __init__(
@@ -301,7 +309,8 @@ class _ScoredSide(_Side):
 
     def replace_scores(self, part: slice, gradient: torch.Tensor, divisors: torch.Tensor) -> None:
         """
-        Put the gradient of a slice's scores in their place, where in float32 it is already.
+        Put the gradient of a slice's scores in their place. In float32 it is there already: `exponents` has given out
+        the products themselves, and it was computed in them.
 
         Args:
             gradient (`torch.Tensor` of shape `(rows, N)`): in float32.
@@ -356,21 +365,6 @@ class _ListedSide(_Side):
         exponents = self.lists[part].dense(self.num_items, out=self.buffer[: part.stop - part.start]).mul_(self.scale)
         self.target_exponents[part] = exponents.gather(1, self.targets[part])
         return exponents
-
-
-class _SliceOutcome:
-    """The [`TargetOutcome`] of a slice at hand, of which most weightings ask for one half alone."""
-
-    def __init__(self, side: _Side, part: slice, sums: torch.Tensor):
-        self._side, self._part, self._sums = side, part, sums
-
-    @property
-    def ranks(self) -> torch.Tensor:
-        return self._side.counts[-1].squeeze(1).long()
-
-    @property
-    def log_probs(self) -> torch.Tensor:
-        return (self._side.target_exponents[self._part] * math.log(2) - self._sums.log()).squeeze(1)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype:

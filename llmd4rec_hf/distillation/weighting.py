@@ -17,11 +17,12 @@ class TargetOutcome(NamedTuple):
 
     Attributes:
         ranks (`torch.LongTensor` of shape `(P,)`): rank of the true item, 1 is best.
-        log_probs (`torch.FloatTensor` of shape `(P,)`): its log-probability at the loss's temperature, in nats.
+        log_probs (`torch.FloatTensor` of shape `(P,)`): its log-probability at the loss's temperature, in nats. `None`
+            for `"rank"`, which asks for ranks alone.
     """
 
     ranks: torch.Tensor
-    log_probs: torch.Tensor
+    log_probs: torch.Tensor | None
 
 
 def rank_weights(student_ranks: torch.Tensor, teacher_ranks: torch.Tensor, base: int = 1) -> torch.Tensor:

@@ -148,6 +148,7 @@ def _dataset_rows(dataset: dict) -> Iterable[tuple[str, str]]:
     formats: dict[str, tuple[str, Callable[[float], str]]] = {
         "name": ("name", str),
         "users": ("users", "{:,}".format),
+        "test_rows": ("tested histories", "{:,}".format),
         "items": ("items", "{:,}".format),
         "interactions": ("interactions", "{:,}".format),
         "density": ("density", "{:.3%}".format),

@@ -95,12 +95,18 @@ def relative_gain(results: dict, key: str, metric: str) -> float | None:
 
 
 def cautions(results: dict) -> list[str]:
-    """What speaks against the test figures, a sentence each: models that should have been trained for longer."""
+    """What speaks against the test figures, a sentence each: models untaught, or not trained for long enough."""
     found = []
     # The floor is measured with seen items masked.
     floor = results["dataset"].get(FLOOR_KEY) if results["protocol"]["seen_items"] == "masked" else None
     for key, name in FINAL_MODELS:
-        rise = (results["final"].get(key) or {}).get("late_gain")
+        final = results["final"].get(key) or {}
+        if final.get("round") == 0 and final.get("test") and not key.endswith(CONTROL_SUFFIX):
+            found.append(
+                f"{name}: no teacher has taught it. Its warm-up (round 0) was better on validation than any round of "
+                "distillation, and is what was tested."
+            )
+        rise = final.get("late_gain")
         if rise is not None and rise > _STILL_RISING:
             found.append(
                 f"{name}: still getting better when its training ended (validation NDCG@10 {percent(rise)} in the "

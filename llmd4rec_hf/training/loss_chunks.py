@@ -28,9 +28,13 @@ class LossChunks:
     def __init__(self, size: int | None = None):
         self.size = size
 
-    def run(self, loss: Callable[[int | None], T], positions: int) -> T:
+    def run(self, loss: Callable[[int | None], T], chosen: int) -> T:
         """
         Call `loss(chunk_size)`, with smaller chunks until it goes through.
+
+        Args:
+            loss (`Callable`): takes the positions per chunk, or `None` to choose them.
+            chosen (`int`): how many it then chooses.
 
         Raises:
             RuntimeError: memory does not suffice for chunks of a single position.
@@ -39,7 +43,7 @@ class LossChunks:
             try:
                 return loss(self.size)
             except RuntimeError as error:
-                size = min(self.size or positions, positions)
+                size = self.size or chosen
                 if size <= 1 or not should_reduce_batch_size(error):
                     raise
             # Not inside the handler: the error holds on to every tensor of the failed attempt.

@@ -278,8 +278,7 @@ def run_card(results: dict, folder: str | os.PathLike, side: str, repository: st
             name=repository.split("/")[-1],
             repository=repository,
             config=json.loads((folder / "config.json").read_text()),
-            training=f"It and {teacher} taught each other (LLMD4Rec); this is round {final[side]['round']} of "
-            f"{results['rounds'][-1]['round']}, the best on validation.",
+            training=_training_line(teacher, final[side]["round"], results["rounds"][-1]["round"]),
             protocol=protocol_line(results),
             results=columns,
             vocabulary=ItemVocabulary.from_pretrained(folder),
@@ -289,3 +288,10 @@ def run_card(results: dict, folder: str | os.PathLike, side: str, repository: st
             metadata=metadata,
         )
     )
+
+
+def _training_line(teacher: str, best: int, rounds: int) -> str:
+    taught = f"It and {teacher} taught each other (LLMD4Rec)"
+    if best == 0:
+        return f"{taught}, but in none of {rounds} rounds better than before on validation: this one was not taught."
+    return f"{taught}; this is round {best} of {rounds}, the best on validation."

@@ -24,6 +24,7 @@ from ..distillation import (
     sampled_distillation_loss,
 )
 from ..distillation.stored_teacher import StoredTeacher
+from ..distillation.walk import default_chunk_size, default_slice_size
 from ..errors import ConfigurationError
 from ..evaluation import ranking_metrics, score_targets
 from ..files import write_manifest
@@ -101,6 +102,11 @@ class DistillationTrainer(HistoryTrainer):
         self.guard = StepGuard()
         self.add_callback(self.guard)
         if self.settings.early_stopping_patience is not None:
+            if self.args.metric_for_best_model is None:
+                raise ConfigurationError(
+                    "early_stopping_patience waits for a better metric_for_best_model: set that, e.g. to 'ndcg@10', "
+                    "and load_best_model_at_end."
+                )
             self.add_callback(EarlyStoppingCallback(self.settings.early_stopping_patience))
         if teacher is not None:
             self._check_teacher(teacher)
@@ -254,12 +260,19 @@ class DistillationTrainer(HistoryTrainer):
         )
         # Autocast ends with the model's forward, and most of a step's arithmetic is here.
         with self.accelerator.autocast():
-            parts = self._loss_chunks.run(lambda size: loss_of_chunks(chunk_size=size), labels.numel())
+            parts = self._loss_chunks.run(lambda size: loss_of_chunks(chunk_size=size), self._chunk_size(labels))
         self._loss_sums.add(parts, labels.numel(), divisor, has_teacher=self._teacher_cache is not None)
         # Gradients are averaged over processes, and the divisor counts the positions of all of them.
         loss = parts.loss * self.accelerator.num_processes
         outputs.loss = loss
         return (loss, outputs) if return_outputs else loss
+
+    def _chunk_size(self, labels: torch.Tensor) -> int:
+        """Positions that the loss takes at a time if nobody says how many."""
+        scored, size = self.model.config.num_items, default_chunk_size
+        if self._num_negatives is not None:
+            scored, size = self._num_negatives, default_slice_size
+        return min(size(scored, labels.device), max(labels.numel(), 1))
 
     def _teacher_output(self, inputs) -> torch.Tensor | ListedScores | None:
         if self._teacher_cache is None:

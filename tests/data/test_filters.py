@@ -73,6 +73,8 @@ def test_errors():
         kept(min_history=3, max_history=2)
     with pytest.raises(ConfigurationError, match="neither a number nor an ISO date"):
         kept(start_time="soon")
+    missing = pd.DataFrame({"user_id": [1, 1, 1], "item_id": [1, 2, 3], "rating": ["4", " ", ""]})
+    assert filter_interactions(load_interactions(missing), min_rating=1)["item_id"] == [1]
     with pytest.raises(DataError, match="no interaction is left after min_rating=9"):
         kept(min_rating=9)
     positions = load_interactions(LOG[["user_id", "item_id"]])

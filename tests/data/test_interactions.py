@@ -115,6 +115,23 @@ class TestColumns:
         log = load_interactions(table, columns={"user_id": "who", "device": "device"})
         assert log[0] == {"user_id": "x", "item_id": 3, "timestamp": 5, "device": "phone"}
 
+    @pytest.mark.parametrize(
+        ("lines", "columns", "expected"),
+        [
+            ("1,0\n1,5\n2,5\n", ["0", "1"], [(1, 0), (1, 5), (2, 5)]),
+            ("0,1,2\n0,5,3\n0,7,4\n", ["0", "1", "2"], [(0, 5), (0, 7)]),  # a header, as pandas writes one
+            ("1,1193,5,978300760\n1,661,3,978302109\n", ["0", "1", "3"], [(1, 1193), (1, 661)]),
+            ("u,i,9\nv,i,8\n", [0, 1, 2], [("u", "i"), ("v", "i")]),
+            ("3,2,1\n7,8,9\n", ["1", "0"], [(2, 3), (8, 7)]),
+        ],
+    )
+    def test_columns_by_number(self, tmp_path, lines, columns, expected):
+        """Whatever the first line's values are: they may be such numbers themselves."""
+        (tmp_path / "log.csv").write_text(lines)
+        names = dict(zip(("user_id", "item_id", "timestamp"), columns, strict=False))
+        log = load_interactions(tmp_path / "log.csv", columns=names)
+        assert list(zip(log["user_id"], log["item_id"], strict=True)) == expected
+
     def test_a_name_of_ours_that_is_not_quite_it_is_refused(self):
         """`time` for `timestamp` would be one more column, and the log in the order of the file."""
         table = pd.DataFrame({"nutzer": [1, 1], "ding": [3, 4], "zeit": [9, 5]})

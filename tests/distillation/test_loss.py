@@ -411,6 +411,27 @@ def test_a_weighting_of_ones_own_gets_ranks(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("weights", "mean"),
+    [
+        (lambda ranks: ranks.double() / ranks, 1.0),
+        (lambda ranks: torch.full(ranks.shape, 0.5, dtype=torch.bfloat16), 0.5),
+        (lambda ranks: torch.tensor(0.5), 0.5),
+        (lambda ranks: ranks > 0, 1.0),
+    ],
+)
+def test_what_a_weighting_of_ones_own_may_take_and_give(monkeypatch, weights, mean):
+    def own(student, teacher):
+        (ranks, log_probs), (_, teacher_log_probs) = student, teacher
+        assert ranks.dtype == torch.long and (log_probs + teacher_log_probs < 0).all()
+        return weights(ranks)
+
+    monkeypatch.setitem(WEIGHTING_FUNCTIONS, "own", own)
+    result, _ = chunked(problem(seed=9, ignored=()), weighting="own")
+    assert {result.loss.dtype, result.kl.dtype, result.weight_mean.dtype} == {torch.float32}
+    assert result.weight_mean.item() == pytest.approx(mean)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"labels": torch.tensor([1, 2, 0])}, r"labels must be in 1\.\.4 .*got 0\.\.2"),

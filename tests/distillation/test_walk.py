@@ -9,8 +9,8 @@ import pytest
 import torch
 from dense_loss import D, LargestResult, N, assert_same, chunked, dense, problem
 
-from llmd4rec_hf.distillation import walk
-from llmd4rec_hf.distillation.walk import default_chunk_size
+from llmd4rec_hf.distillation import ListedScores, distillation_loss, walk
+from llmd4rec_hf.distillation.walk import default_chunk_size, default_slice_size
 
 
 @pytest.mark.parametrize("teacher", [True, False])
@@ -95,6 +95,79 @@ def test_float16_holds_the_gradient_of_large_scores(teacher):
         _, grads = chunked(given, teacher)
     for grad, value in zip(grads, dense(given, teacher).grads, strict=True):
         assert (grad - value).norm() < 1e-2 * value.norm()
+
+
+def test_ranks_are_counted_before_rows_are_shifted():
+    """Beside a thousand, float32 has no room for the difference of the other two."""
+    items = torch.tensor([[0.0], [1000.0], [0.0], [1e-5]])
+    assert distillation_loss(torch.ones(1, 1), items, torch.tensor([3])).student_ranks.tolist() == [2]
+
+
+def test_the_true_items_own_score_is_not_rounded():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = distillation_loss(torch.tensor([[1.003]]), torch.tensor([[0.0], [0.0], [-20.0]]), torch.tensor([2]))
+    assert result.cross_entropy.item() == pytest.approx(20.06, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_inputs_of_another_dtype_than_autocasts(dtype):
+    hidden, items = torch.ones(2, 3, dtype=dtype), torch.ones(5, 3, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = distillation_loss(hidden, items, torch.tensor([1, 4]))
+    assert result.cross_entropy.item() == pytest.approx(math.log(4), rel=1e-2)
+
+
+def test_a_flat_list_at_a_low_temperature():
+    """No item is listed: each exponent is the same, and far beyond what float32 holds without a shift."""
+    given = problem(seed=3)
+    count = len(given.labels)
+    lists = ListedScores(torch.zeros(count, 1, dtype=torch.long), torch.zeros(count, 1))
+    hidden = given.hidden.detach() * 1e-4
+    result = distillation_loss(hidden, given.items.detach(), given.labels, teacher_lists=lists, temperature=0.02)
+    assert result.kl.isfinite() and result.agreement > 0.9
+
+
+def test_one_row_alone_can_need_a_shift():
+    given = problem(seed=3, ignored=())
+    given.hidden = given.hidden.detach() * 1e-3
+    given.hidden[0] *= 4e4
+    given.hidden.requires_grad_()
+    result, grads = chunked(given, teacher=False)
+    assert_same(result, grads, dense(given, teacher=False), given.labels, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_shifted_only_where_they_have_to_be(monkeypatch):
+    seen, run = [], walk.Walk.run
+    monkeypatch.setattr(walk.Walk, "run", lambda self: (seen.append(self.shifted), run(self)))
+    chunked(problem())
+    assert seen == [False]
+
+
+def test_no_more_rows_are_held_than_there_are_positions():
+    with LargestResult() as largest:
+        chunked(problem(positions=8, num_items=200, ignored=()), chunk_size=1000)
+    assert largest.elements == 8 * 200
+
+
+def test_agreement_is_never_negative():
+    for seed in range(100):
+        torch.manual_seed(seed)
+        hidden, items = torch.randn(1, 4) * 8, torch.randn(31, 4) * 4
+        assert distillation_loss(hidden, items, torch.tensor([1]), -hidden, items).agreement >= 0
+
+
+def test_a_block_is_one_item_at_least(monkeypatch):
+    monkeypatch.setattr(walk, "_GRADIENT_BLOCK_BYTES", 1)
+    monkeypatch.setattr(walk, "_SCORE_BLOCK_ITEMS", 0)
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            assert chunked(problem())[0].loss.isfinite()
+
+
+def test_each_thread_has_a_slice(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert default_slice_size(100, "cpu") == 3 * (512 << 10) // 400
+    assert default_slice_size(100, "cuda") == (256 << 20) // 400
 
 
 def test_default_chunk_size():

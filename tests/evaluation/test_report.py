@@ -194,6 +194,12 @@ class TestCautions:
         run["protocol"]["seen_items"] = "kept"
         assert cautions(run) == []
 
+    def test_a_model_that_no_teacher_has_taught(self):
+        run = results()
+        run["final"]["crm"]["round"] = 0
+        (caution,) = cautions(run)
+        assert caution.startswith("CRM, distilled: no teacher has taught it. Its warm-up (round 0)")
+
     def test_what_was_not_run_is_not_blamed(self):
         run = without_controls()
         run["dataset"]["test_ndcg@10_of_item_knn"] = 0.5

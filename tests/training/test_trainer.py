@@ -422,6 +422,12 @@ def test_early_stopping(make_crm, arguments, splits):
     assert train(make_crm(0), args, splits).state.epoch == 3
 
 
+def test_early_stopping_needs_to_know_what_gets_better(make_crm, arguments, splits):
+    args = arguments(early_stopping_patience=2, eval_strategy="epoch")
+    with pytest.raises(ConfigurationError, match="early_stopping_patience waits for a better metric_for_best_model"):
+        CRMTrainer(make_crm(), args, splits["train"], splits["validation"])
+
+
 def test_checkpoints_hold_the_vocabulary_and_no_pickled_weights(make_crm, arguments, splits, vocabulary):
     model = make_crm(0)
     model.vocabulary = vocabulary
