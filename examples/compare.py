@@ -5,7 +5,7 @@ Put several runs side by side: their tests, their gains over the controls, and w
     python examples/compare.py runs/seed1 runs/seed2 runs/seed3
     python examples/compare.py runs/*/results.json --metric hr@20 --format markdown
 
-Runs of one data set and protocol also get a mean with its standard deviation over the runs.
+Runs that differ in their seeds alone also get a mean with its standard deviation over the runs.
 """
 
 from __future__ import annotations
@@ -70,15 +70,26 @@ def compare(names: list[str], runs: list[dict], metric: str) -> list[tuple[str, 
         (name, results["dataset"]["name"], str(results["seed"]), *map(number, row), *map(percent, gain))
         for name, results, row, gain in zip(names, runs, values, gains, strict=True)
     ]
-    if len(runs) > 1 and len({_conditions(results) for results in runs}) == 1:
+    seeds = {results["seed"] for results in runs}
+    if len(runs) > 1 and len(seeds) == len(runs) and len(set(map(_conditions, runs))) == 1 and not differences(runs):
         means = [_spread(column, "{:.4f}") for column in zip(*values, strict=True)]
         mean_gains = [_spread(column, "{:+.1%}") for column in zip(*gains, strict=True)]
         lines.append((f"mean of {len(runs)}", "", "", *means, *mean_gains))
     return lines
 
 
+def differences(runs: list[dict]) -> dict[str, list]:
+    """Settings that are not the same in all runs, with the value of each; of the data there is a line of its own."""
+    settings = [results.get("settings") or {} for results in runs]
+    names = {name for of_run in settings for name in of_run if not name.startswith(("sequences.", "vocabulary"))}
+    found = {name: [of_run.get(name) for of_run in settings] for name in sorted(names)}
+    return {name: values for name, values in found.items() if any(value != values[0] for value in values)}
+
+
 def _conditions(results: dict) -> str:
-    return json.dumps([results["dataset"].get("hash"), results["protocol"]], sort_keys=True)
+    settings = results.get("settings") or {}
+    data = settings.get("sequences.test", results["dataset"].get("hash")), settings.get("sequences.train")
+    return json.dumps([data, results["protocol"]], sort_keys=True)
 
 
 def _spread(values: tuple, form: str) -> str:
@@ -112,6 +123,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     captions = list(dict.fromkeys(map(protocol_line, runs)))
     if len({_conditions(results) for results in runs}) > 1:
         captions.append("These runs differ in data or protocol: their numbers do not compare.")
+    captions += [f"{name}: {' / '.join(map(str, values))}" for name, values in differences(runs).items()]
     show(compare(names, runs, options.metric), options, captions, console)
 
 

@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--format", default="auto", choices=format_names(), metavar="NAME", help="of the log; found by default")
     add("--columns", nargs="+", type=column_pair, metavar="OURS=THEIRS", help="user_id, item_id, timestamp, ...")
-    add("--split_by", choices=list(SPLITS), help="that of a prepared folder, else leave_one_out")
+    add("--split_by", choices=list(SPLITS), help="that of a prepared folder or of the model's run, else leave_one_out")
     add("--split", default="test", choices=["train", "validation", "test"], help="%(default)s by default")
     add = parser.add_argument_group("how").add_argument
     add("--seen_items", default="mask", choices=["mask", "keep"], help="leave items of the history out of the ranking")
@@ -65,14 +65,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def load_log(options: argparse.Namespace):
-    """The log, and how it was split for training if nobody said otherwise: another test would hold its targets."""
+    """The log, and how it was split for training if that is known: another test would hold its targets."""
     source = options.dataset
     if source == "demo":
         return load_interactions(make_demo(seed=0)[0]), "leave_one_out"
     if is_prepared(source):
         prepared = load_prepared(source)
         return prepared.interactions, prepared.card["prepared"]["split"]
-    return load_interactions(source, format=options.format, columns=dict(options.columns or [])), "leave_one_out"
+    return load_interactions(source, format=options.format, columns=dict(options.columns or [])), None
+
+
+def split_of_run(model: str) -> str:
+    """How the run that a model lies in split its data; leave-one-out where there is none, or it was another's split."""
+    try:
+        found = json.loads(Path(model, "..", "results.json").read_text(encoding="utf-8"))["protocol"]["split"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    return found if found in SPLITS else "leave_one_out"
 
 
 def make_rows(options: argparse.Namespace, model: RecommenderModel, interactions, split_by: str):
@@ -147,7 +156,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     if model.vocabulary is None:
         raise DataError(f"{options.model} has no vocabulary.json, so its internal ids mean nothing.")
     interactions, prepared_by = load_log(options)
-    split_by = options.split_by or prepared_by
+    split_by = options.split_by or prepared_by or split_of_run(options.model)
     rows = make_rows(options, model, interactions, split_by)
     metrics = measure(options, model, rows, ks)
     protocol = {"split": split_by, "rows": options.split, "number_of_rows": len(rows)}

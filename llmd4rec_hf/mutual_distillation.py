@@ -28,7 +28,14 @@ from .files import storage_errors_named, whole_folder, write_json, write_manifes
 from .models import LLMRecommender, RecommenderEnsemble, RecommenderModel
 from .processes import on_main_process
 from .run_checks import check_run
-from .run_results import assemble_results, dataset_entry, late_gain, protocol_entry, rounds_of
+from .run_results import (
+    assemble_results,
+    dataset_entry,
+    late_gain,
+    protocol_entry,
+    rounds_of,
+    settings_entry,
+)
 from .run_state import (
     CONTROL,
     DISTILLED,
@@ -336,6 +343,7 @@ class MutualDistillation:
             final,
             dataset=dataset_entry(test, self.vocabulary, config.dataset_name, config.dataset_facts),
             protocol=protocol_entry(config.split, self.args["crm"].seen_items),
+            settings=settings_entry(self.state["identity"], self.args, self.models),
             seed=config.seed,
             has_controls=config.controls,
         )
@@ -385,12 +393,19 @@ class MutualDistillation:
     def _open_state(self) -> None:
         """Read the state of a run that was begun here, or begin one with the models as they are."""
         identity = self._identity()
+        initial = {side: model.content_hash() for side, model in self.models.items()}
         self.state = on_main_process(lambda: read_state(self.output_dir, identity))
         if self.state is not None:
+            if self.state.get("initial", initial) != initial:
+                logger.warning(
+                    f"The run in {self.output_dir} began with other weights than these models have, and goes on with "
+                    "those: to begin with these, give another output_dir."
+                )
             return
         for side in self.models:
             self._save_model(side, self.output_dir / "phases" / f"initial-{side}")
         self.state = {"version": STATE_VERSION, "identity": identity, "phases": {}, "finished": False}
+        self.state["initial"] = initial
         self._write_state()
 
     def _identity(self) -> dict:

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import platform
+from importlib.metadata import version
 
 import datasets
 import torch
@@ -12,12 +15,28 @@ from datasets import Dataset
 
 from .data import ItemVocabulary, data_hash
 from .data.arrow import column_array
+from .models import RecommenderModel
 from .run_state import CONTROL, DISTILLED, Phase
+from .training import DistillationArguments
 from .version import __version__
 
 
+# Arguments that a reader asks for first, at their defaults too.
+_ASKED_FOR = {
+    *("temperature", "kl_weight", "weighting", "learning_rate", "num_train_epochs", "rows_per_step"),
+    *("batches_per_step", "lr_scheduler_type", "warmup_steps", "weight_decay", "early_stopping_patience"),
+}
+
+
 def assemble_results(
-    phases: dict[str, dict], final: dict, *, dataset: dict, protocol: dict, seed: int, has_controls: bool
+    phases: dict[str, dict],
+    final: dict,
+    *,
+    dataset: dict,
+    protocol: dict,
+    settings: dict,
+    seed: int,
+    has_controls: bool,
 ) -> dict:
     """
     A run's results, as [`~llmd4rec_hf.evaluation.results`] describes them.
@@ -27,12 +46,14 @@ def assemble_results(
         final (`dict`): what the test of each side's best round came to.
         dataset (`dict`): see [`dataset_entry`].
         protocol (`dict`): see [`protocol_entry`].
+        settings (`dict`): see [`settings_entry`].
         seed (`int`): of the run.
         has_controls (`bool`): whether both models were also trained without distillation.
     """
     return {
         "dataset": dataset,
         "protocol": protocol,
+        "settings": settings,
         "seed": seed,
         "versions": _versions(),
         "rounds": [_round_entry(phases, number, has_controls) for number in rounds_of(phases, "crm")],
@@ -70,6 +91,33 @@ def protocol_entry(split: str, seen_items: str) -> dict:
         "ties": "pessimistic",
         "ranking": "full",
     }
+
+
+def settings_entry(
+    identity: dict, args: dict[str, DistillationArguments], models: dict[str, RecommenderModel]
+) -> dict:
+    """
+    What decided a run, flat: its own settings, the trainers' arguments that are asked for first or are not at their
+    defaults, those of the models and of the LLM's adapter, and the hashes of what was learned from.
+
+    Args:
+        identity (`dict`): what [`~llmd4rec_hf.run_state.run_identity`] found.
+        args, models (`dict`): by side.
+    """
+    kept = {
+        key: value for key, value in identity.items() if key.split(".")[0] in ("config", "sequences", "vocabulary")
+    }
+    kept.pop("config.seed", None)  # stands beside
+    for side, its_args in args.items():
+        defaults = json.loads(type(its_args)("unused", use_cpu=its_args.use_cpu).to_json_string())
+        own = {*inspect.signature(type(models[side].config).__init__).parameters, *models[side].added_settings()}
+        for key, value in identity.items():
+            owner, _, name = key.partition(".")
+            if owner == f"{side}_args" and (name in _ASKED_FOR or value != defaults.get(name)):
+                kept[key] = value
+            elif owner == side and name in own:
+                kept[key] = value
+    return {key: value for key, value in kept.items() if value is not None}
 
 
 def rounds_of(phases: dict[str, dict], side: str) -> list[int]:
@@ -112,4 +160,5 @@ def _versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "datasets": datasets.__version__,
+        **{name: version(name) for name in ("accelerate", "peft", "numpy")},
     }

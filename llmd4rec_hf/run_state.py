@@ -151,6 +151,7 @@ def run_identity(
         else:
             identity[f"{side}_args.batches_per_step"] = batches
         model = json.loads(models[side].config.to_json_string(use_diff=False))
+        model |= models[side].added_settings()
         identity |= {f"{side}.{k}": v for k, v in model.items() if k != "backbone_config"}
     identity["vocabulary"] = vocabulary.content_hash
     identity |= {f"sequences.{name}": data_hash(split) for name, split in sequences.items()}

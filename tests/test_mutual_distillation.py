@@ -70,7 +70,7 @@ def whole(make_run, memory, tmp_path):
 
 def test_results_have_the_documented_shape(whole, memory):
     assert whole == json.loads((memory["folder"] / "results.json").read_text())
-    assert set(whole) == {"dataset", "protocol", "seed", "versions", "rounds", "final", "seconds"}
+    assert set(whole) == {"dataset", "protocol", "settings", "seed", "versions", "rounds", "final", "seconds"}
     assert [entry["round"] for entry in whole["rounds"]] == [0, 1, 2]
     assert whole["rounds"][0]["llm"] is None
     assert whole["rounds"][1]["crm"]["test"] is None
@@ -210,6 +210,38 @@ def assert_models_are_the_saved_ones(run: MutualDistillation) -> None:
     for side, model_class in (("crm", SASRecModel), ("llm", LLMRecommender)):
         saved = model_class.from_pretrained(run.output_dir / side)
         assert torch.equal(weights(run.models[side]), weights(saved))
+
+
+def test_what_decided_a_run_is_written_down(make_run):
+    run = make_run("settings", rounds=1, controls=False, crm_args={"kl_weight": 3.0, "weight_decay": 0.1})
+    settings = run.run()["settings"]
+    expected = {
+        "config.rounds": 1,
+        "config.refresh": "copy",
+        "crm_args.kl_weight": 3.0,  # as it is not by default
+        "crm_args.weight_decay": 0.1,
+        "llm_args.kl_weight": 0.5,  # asked for
+        "llm_args.learning_rate": 5e-3,
+        "crm_args.rows_per_step": 16,
+        "crm.hidden_size": 8,
+        "crm.dropout": 0.2,
+        "llm.item_dim": 8,
+    }
+    assert {key: settings.get(key) for key in expected} == expected
+    assert len(settings["sequences.train"]) == len(settings["vocabulary"]) == 64
+    # What is as it always is would hide the rest.
+    assert len(settings) < 70 and "crm_args.adam_beta1" not in settings
+    assert "| crm_args.kl_weight | 3.0 |" in (run.output_dir / "report.md").read_text()
+
+
+def test_a_run_that_began_with_other_weights_goes_on_with_them_and_says_so(make_run, monkeypatch):
+    make_run("begun", rounds=1, controls=False).run()
+    heard = []
+    monkeypatch.setattr(mutual_distillation.logger, "warning", heard.append)
+    make_run("begun", rounds=1, controls=False).run()
+    assert heard == []
+    make_run("begun", seed=5, rounds=1, controls=False).run()
+    assert len(heard) == 1 and "began with other weights" in heard[0]
 
 
 @pytest.mark.parametrize("strategy", [{"eval_strategy": "epoch"}, {"eval_strategy": "steps", "eval_steps": 2}])

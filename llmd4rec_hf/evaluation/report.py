@@ -89,6 +89,7 @@ def markdown_report(results: dict) -> str:
     sections += [
         "## Data",
         markdown_table(("", ""), [(label, cell(value)) for label, value in _dataset_rows(dataset)]),
+        *_settings_sections(results.get("settings") or {}),
         "## Time",
         markdown_table(("phase", "seconds"), _seconds_rows(results["seconds"])),
         "## Versions",
@@ -164,6 +165,12 @@ def _dataset_rows(dataset: dict) -> Iterable[tuple[str, str]]:
     for key in dataset:
         if key not in formats:
             yield key.replace("_", " "), str(dataset[key])
+
+
+def _settings_sections(settings: dict) -> list[str]:
+    """What decided the run; nothing for results of an older release, which has not written it down."""
+    rows = [(cell(name), cell(value)) for name, value in settings.items()]
+    return ["## Settings", markdown_table(("setting", "value"), rows)] if rows else []
 
 
 def _seconds_rows(seconds: dict[str, float]) -> list[tuple[str, str]]:

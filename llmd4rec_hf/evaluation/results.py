@@ -7,6 +7,7 @@
 {
     "dataset": {"name", "users", "items", "interactions", "density", "median_length", "tie_share", "hash", ...},
     "protocol": {"split", "seen_items", "ties", "ranking"},
+    "settings": {"config.rounds": 3, "llm_args.learning_rate": 5e-4, "crm.hidden_size": 64, ...},
     "seed": 0,
     "versions": {package: version},
     "rounds": [

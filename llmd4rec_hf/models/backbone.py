@@ -20,6 +20,11 @@ from .recommender import hub_arguments
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+# Of an adapter's settings, those that are no choice.
+_SAYS_NOTHING = {
+    f"adapter.{name}"
+    for name in ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type")
+}
 
 
 def load_tokenizer(name: str | os.PathLike, **options) -> PreTrainedTokenizerBase:
@@ -274,3 +279,16 @@ def merge_adapter(backbone) -> PreTrainedModel:
     backbone = get_peft_model(backbone.unload().dequantize(), peft_config)
     set_peft_model_state_dict(backbone, tensors)
     return backbone.merge_and_unload()
+
+
+def added_settings(backbone) -> dict:
+    """What an adapter and a quantisation were asked for, flat and as JSON holds it; nothing where there is neither."""
+    found = {}
+    if hasattr(backbone, "peft_config"):
+        found |= {f"adapter.{name}": value for name, value in backbone.peft_config["default"].to_dict().items()}
+    quantization = getattr(backbone.config, "quantization_config", None)
+    if quantization is not None:
+        settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        found |= {f"quantization.{name}": value for name, value in settings.items()}
+    said = {name: value for name, value in found.items() if value and name not in _SAYS_NOTHING}
+    return {name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in said.items()}

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..distillation.low_rank import reduce_teacher
 from ..modes import evaluating
-from .recommender import hash_tensors
+from .weights import hash_tensors
 
 
 MAX_TITLE_TOKENS = 64

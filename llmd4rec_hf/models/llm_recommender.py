@@ -18,7 +18,8 @@ from .dropout import Dropout, use_cheap_masks
 from .item_text import average_of_alike, encode_more_texts, encode_texts, principal_item_vectors
 from .llm_config import LLMRecommenderConfig
 from .prompt import DEFAULT_PROMPT, split_prompt
-from .recommender import RecommenderModel, check_length, hub_arguments, sequence_lengths, stored_weights
+from .recommender import RecommenderModel, check_length, hub_arguments, sequence_lengths
+from .weights import stored_weights
 
 
 BACKBONE_PREFIX = "backbone."
@@ -174,6 +175,9 @@ class LLMRecommender(RecommenderModel):
     def has_adapter(self) -> bool:
         """Whether the backbone is frozen and carries a PEFT adapter."""
         return hasattr(self.backbone, "peft_config")
+
+    def added_settings(self) -> dict:
+        return base.added_settings(self.backbone)
 
     @property
     def tells_items_apart(self) -> bool:

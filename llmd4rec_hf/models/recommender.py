@@ -14,19 +14,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import cached_file
 
 from ..data import ItemVocabulary
 from ..distillation.loss import distillation_loss
 from ..errors import ConfigurationError, DataError, UnknownItemsError
 from ..modes import evaluating
 from .recommendations import Recommendations
+from .weights import hash_tensors, stored_weights
 
 
 _PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "tags")
@@ -405,6 +404,10 @@ class RecommenderModel(PreTrainedModel):
         described = json.dumps(settings, sort_keys=True, default=str)
         return hashlib.sha256((described + hash_tensors(self.portable_state())).encode()).hexdigest()
 
+    def added_settings(self) -> dict:
+        """Settings beside the configuration's own that decide what is learned, flat: those of an adapter."""
+        return {}
+
     def load_weights(self, directory: str | os.PathLike) -> None:
         """Bring the weights of a folder that [`~PreTrainedModel.save_pretrained`] wrote into this model, in place."""
         self.load_state_dict(stored_weights(directory))
@@ -439,15 +442,6 @@ def _check_sizes(config: PreTrainedConfig) -> None:
         raise ConfigurationError(f"dropout must be in [0, 1), got {dropout}.")
 
 
-def stored_weights(source: str | os.PathLike, **hub_kwargs) -> dict[str, torch.Tensor]:
-    """All tensors that `save_pretrained` wrote, to a folder or the Hub, in one file or in shards."""
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-    if index is None:
-        return load_file(cached_file(source, SAFE_WEIGHTS_NAME, **hub_kwargs))
-    paths, _ = get_checkpoint_shard_files(source, index, **hub_kwargs)
-    return {name: value for path in paths for name, value in load_file(path).items()}
-
-
 def _best(scores: torch.Tensor, k: int) -> Iterator[tuple[list[int], list[float]]]:
     """Internal ids and scores of each row's `k` best items; fewer where others are left out, by a score of -inf."""
     values, indices = scores.topk(min(k, scores.shape[1]), dim=1)
@@ -461,16 +455,6 @@ def _id_list(values, name: str) -> list:
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise DataError(f"{name} must be a list, got {values!r}: one item is a list of one, ['B00001'].")
     return list(values)
-
-
-def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values."""
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def hub_arguments(kwargs: dict) -> dict:

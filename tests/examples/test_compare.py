@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,30 @@ def test_runs_of_several_seeds(main, make_run, capsys):
     assert lines[3].startswith("| two | shop | 2 | 0.3000 |")
     assert lines[4].startswith("| mean of 2 |  |  | 0.2500 ± 0.0707 | 0.1000 ± 0.0000 | 0.1200 ± 0.0141 |")
     assert lines[4].endswith("| +150.0% ± 70.7% | +20.0% ± 14.1% |")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "seeds", "caption"),
+    [
+        ({"crm_args.kl_weight": 0.5}, {"crm_args.kl_weight": 9}, (1, 2), "crm_args.kl_weight: 0.5 / 9"),
+        ({}, {"llm.adapter.r": 8}, (1, 2), "llm.adapter.r: None / 8"),
+        ({"crm_args.kl_weight": 0.5}, {"crm_args.kl_weight": 0.5}, (1, 1), "Test, ndcg@10"),
+        ({"sequences.train": "a"}, {"sequences.train": "b"}, (1, 2), "differ in data or protocol"),
+    ],
+)
+def test_no_mean_of_runs_that_differ_in_more_than_seeds_or_not_at_all(
+    main, make_run, capsys, first, second, seeds, caption
+):
+    folders = []
+    for name, settings, seed in zip(("one", "two"), (first, second), seeds, strict=True):
+        folder = make_run(name, seed, 0.2, 0.1)
+        path = Path(folder, "results.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": settings}))
+        folders.append(folder)
+    main(folders)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert caption in printed
+    assert "mean of" not in printed
 
 
 def test_runs_that_do_not_compare(main, make_run, capsys):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -86,6 +87,19 @@ def test_a_prepared_folder_is_split_as_it_was(main, saved_crm, log_file, tmp_pat
     assert "ratio split" in " ".join(capsys.readouterr().out.split())
     main([*words, "--split_by", "leave_one_out"])
     assert json.loads((tmp_path / "out.json").read_text())["protocol"]["split"] == "leave_one_out"
+
+
+def test_a_model_in_a_runs_folder_is_split_as_the_run_was(main, saved_crm, log_file, tmp_path, capsys):
+    shutil.copytree(saved_crm, tmp_path / "run" / "crm")
+    (tmp_path / "run" / "results.json").write_text(json.dumps({"protocol": {"split": "ratio"}}))
+    words = ["--model", str(tmp_path / "run" / "crm"), "--dataset", str(log_file), "--use_cpu"]
+    main(words)
+    assert "ratio split" in " ".join(capsys.readouterr().out.split())
+    main([*words, "--split_by", "leave_one_out"])
+    assert "leave_one_out split" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "run" / "results.json").write_text("[]")
+    main(words)
+    assert "leave_one_out split" in " ".join(capsys.readouterr().out.split())
 
 
 def test_new_items_can_be_skipped(main, saved_crm, log_file, tmp_path, capsys, fails):

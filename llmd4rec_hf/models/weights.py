@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors of a model: those on disk, and what tells them from others."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import torch
+from safetensors.torch import load_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+
+def stored_weights(source: str | os.PathLike, **hub_kwargs) -> dict[str, torch.Tensor]:
+    """All tensors that `save_pretrained` wrote, to a folder or the Hub, in one file or in shards."""
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    if index is None:
+        return load_file(cached_file(source, SAFE_WEIGHTS_NAME, **hub_kwargs))
+    paths, _ = get_checkpoint_shard_files(source, index, **hub_kwargs)
+    return {name: value for path in paths for name, value in load_file(path).items()}
+
+
+def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
