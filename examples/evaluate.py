@@ -76,7 +76,7 @@ def load_log(options: argparse.Namespace):
 
 
 def split_of_run(model: str) -> str:
-    """How the run that a model lies in split its data; leave-one-out where there is none, or it was another's split."""
+    """How the run that a model lies in split its data; leave-one-out where there is none, or it cannot be repeated."""
     try:
         found = json.loads(Path(model, "..", "results.json").read_text(encoding="utf-8"))["protocol"]["split"]
     except (OSError, ValueError, KeyError, TypeError):

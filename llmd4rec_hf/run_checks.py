@@ -104,6 +104,11 @@ def _check_sequences(sequences: DatasetDict, vocabulary: ItemVocabulary) -> None
     for name, use in USES.items():
         if name not in sequences:
             raise ConfigurationError(f"sequences must hold train, validation and test; {name} is missing.")
+        missing = {"item_ids", "row_id", "length"} - set(sequences[name].column_names)
+        if missing:
+            raise ConfigurationError(
+                f"The {name} sequences lack {', '.join(sorted(missing))}: split_leave_one_out and its like make them."
+            )
         if len(sequences[name]) == 0:
             raise ConfigurationError(f"The {name} sequences are empty: there is nothing to {use}.")
         low, high = item_id_range(sequences[name])

@@ -404,6 +404,12 @@ def test_an_empty_split_is_named_before_anything_is_trained(make_run, splits, mo
         make_run("empty")
 
 
+def test_sequences_without_the_columns_that_are_read(make_run, splits, monkeypatch):
+    monkeypatch.setitem(splits, "test", splits["test"].remove_columns("row_id"))
+    with pytest.raises(ConfigurationError, match="The test sequences lack row_id"):
+        make_run("columns")
+
+
 def test_item_vectors_of_the_teacher_need_a_crm_that_begins_anew(make_run):
     with pytest.raises(ConfigurationError, match="fresh_students"):
         make_run("warm", crm_args={"init_item_vectors": True})

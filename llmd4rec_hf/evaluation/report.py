@@ -164,7 +164,8 @@ def _dataset_rows(dataset: dict) -> Iterable[tuple[str, str]]:
             yield label, DASH if dataset[key] is None else form(dataset[key])
     for key in dataset:
         if key not in formats:
-            yield key.replace("_", " "), str(dataset[key])
+            value = dataset[key]
+            yield key.replace("_", " "), number(value) if isinstance(value, float) else str(value)
 
 
 def _settings_sections(settings: dict) -> list[str]:

@@ -116,6 +116,8 @@ class TestFromInteractions:
         vocabulary = ItemVocabulary.from_interactions(log(3, 4, 7), items)
         assert vocabulary.texts == ["three", "4", "seven"]
         assert "1 of 3 items have no text" in caplog.text
+        with pytest.raises(DataError, match="none of 2 items has a text in the catalogue, whose first item is 7 "):
+            ItemVocabulary.from_interactions(log(14, 16), items)
         assert ItemVocabulary.from_interactions(log(3)).texts is None
         assert ItemVocabulary.from_interactions(log(3)).text(1) == "3"
 

@@ -133,6 +133,13 @@ class TestMarkdownReport:
         assert row(text, "**all**")[1] == "**1,052.5**"
         assert row(text, "torch") == ["torch", "2.13.0"]
 
+    def test_what_else_is_known_of_the_data(self):
+        run = results()
+        run["dataset"] |= {"test_rows": 1100, "test_ndcg@10_of_item_knn": 0.06014647811254318}
+        text = markdown_report(run)
+        assert row(text, "tested histories")[1] == "1,100"
+        assert row(text, "test ndcg@10 of item knn")[1] == "0.0601"
+
     def test_validation_has_a_row_per_round(self):
         text = markdown_report(results())
         table = text[text.index("## Validation by round") : text.index("## Distillation")]
