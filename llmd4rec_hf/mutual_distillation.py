@@ -393,7 +393,7 @@ class MutualDistillation:
     def _open_state(self) -> None:
         """Read the state of a run that was begun here, or begin one with the models as they are."""
         identity = self._identity()
-        initial = {side: model.content_hash() for side, model in self.models.items()}
+        initial = on_main_process(lambda: {side: model.content_hash() for side, model in self.models.items()})
         self.state = on_main_process(lambda: read_state(self.output_dir, identity))
         if self.state is not None:
             if self.state.get("initial", initial) != initial:

@@ -290,14 +290,15 @@ def _texts_for(ids: pa.Array, items: datasets.Dataset) -> pa.ChunkedArray:
         found = ", ".join(table.column_names)
         raise DataError(f"the catalogue has the columns {found}; it needs item_id and title: use load_items()")
     wanted, known = same_type(pa.chunked_array([ids]), table["item_id"])
-    texts = table[column].cast(pa.string()).take(pc.index_in(wanted, value_set=known.combine_chunks()))
+    rows = pc.index_in(wanted, value_set=known.combine_chunks())
+    if rows.null_count == len(ids) and len(known):
+        raise DataError(
+            f"none of {len(ids)} items has a text in the catalogue, whose first item is {known[0].as_py()!r} where "
+            f"the log's is {wanted[0].as_py()!r}: it is of other items, or its ids are written otherwise"
+        )
+    texts = table[column].cast(pa.string()).take(rows)
     missing = pc.or_(pc.is_null(texts), pc.fill_null(pc.equal(texts, ""), True))
     count = pc.sum(missing).as_py()
-    if count == len(ids):
-        raise DataError(
-            f"none of {count} items has a text in the catalogue, whose first item is {known[0].as_py()!r} where the "
-            f"log's is {wanted[0].as_py()!r}: it is of other items, or its ids are written otherwise"
-        )
     if count:
         logger.warning("%d of %d items have no text in the catalogue: their id is used", count, len(ids))
     return pc.if_else(missing, wanted.cast(pa.string()), texts)

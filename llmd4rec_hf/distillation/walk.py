@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..evaluation.ranking import count_ones
+from ..evaluation.ranking import count_at_least
 from .listed_scores import ListedScores
 from .weighting import WEIGHTINGS, TargetOutcome, rank_weights
 
@@ -188,7 +188,7 @@ class Walk:
         exponents = side.exponents(part)
         target = side.target_exponents[part]
         if self.settings.count_ranks:
-            side.counts.append(count_ones(torch.ge(exponents, target, out=buffer)))
+            side.counts.append(count_at_least(exponents, target, buffer))
         if self.shifted:
             largest = exponents.amax(dim=1, keepdim=True)
             exponents.sub_(largest)
@@ -238,7 +238,7 @@ def _row_sums(values: torch.Tensor) -> torch.Tensor:
 
 def _joined(columns: Sequence[torch.Tensor]) -> torch.Tensor:
     """All slices' `(rows, 1)` as one `(P,)`."""
-    return torch.cat(tuple(columns)).squeeze(1)
+    return torch.cat(columns).squeeze(1)
 
 
 class _Side:

@@ -54,8 +54,9 @@ def rank_weights(student_ranks: torch.Tensor, teacher_ranks: torch.Tensor, base:
     if base not in (0, 1):
         raise ConfigurationError(f"rank_base must be 0 or 1, got {base!r}.")
     # Both branches of the paper are one expression: the difference over the better (smaller) of the two ranks.
-    better = (torch.minimum(student_ranks, teacher_ranks) + (base - 1)).clamp_min_(1)
-    return ((student_ranks - teacher_ranks).to(torch.float32) / better).add_(1).clamp_(0.0, 2.0)
+    student, teacher = student_ranks.to(torch.float32), teacher_ranks.to(torch.float32)
+    better = (torch.minimum(student, teacher) + (base - 1)).clamp_min_(1)
+    return ((student - teacher) / better).add_(1).clamp_(0.0, 2.0)
 
 
 def confidence_weights(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:

@@ -146,31 +146,27 @@ def count_at_least(scores: torch.Tensor, target: torch.Tensor, buffer: torch.Ten
         buffer (`torch.FloatTensor` of shape `(C, N)`): is written over.
 
     Returns:
-        `torch.LongTensor` of shape `(C,)`
+        `torch.Tensor` of shape `(C, 1)`: whole floats.
     """
     return _count(torch.ge(scores, target, out=buffer))
 
 
-def count_ones(marks: torch.Tensor) -> torch.Tensor:
-    """How many of the zeros and ones of each row of floats are ones, as whole floats of shape `(C, 1)`."""
-    # Floats are added up several times faster than booleans, and whole numbers exactly up to 2**24.
-    dtype = torch.float32 if marks.shape[1] < 2**24 else torch.float64
-    return marks.sum(dim=1, keepdim=True, dtype=dtype)
-
-
 def _count(marks: torch.Tensor) -> torch.Tensor:
-    return count_ones(marks).squeeze(1).long()
+    """How many of each row's zeros and ones are ones, as whole floats of shape `(C, 1)`."""
+    # Floats are added up several times faster than booleans, and whole numbers exactly up to 2**24.
+    return marks.sum(dim=1, keepdim=True, dtype=torch.float32 if marks.shape[1] < 2**24 else torch.float64)
 
 
 def _count_ranks(scores: torch.Tensor, target: torch.Tensor, ties: str, buffer: torch.Tensor) -> torch.Tensor:
     """Ranks `(C,)` of the targets' scores `(C, 1)` among the scores `(C, N + 1)`, which include the target."""
     if ties == "pessimistic":
-        return count_at_least(scores, target, buffer)
-    greater = _count(torch.gt(scores, target, out=buffer))
-    if ties == "optimistic":
-        return greater + 1
-    others = count_at_least(scores, target, buffer) - greater - 1
-    return 1 + greater + (others + 1) // 2
+        ranks = count_at_least(scores, target, buffer)
+    else:
+        greater = _count(torch.gt(scores, target, out=buffer))
+        # The mean rank of a tie goes up, and the best one is that of an item which nothing ties with.
+        others = count_at_least(scores, target, buffer) - greater - 1 if ties != "optimistic" else 0
+        ranks = 1 + greater + (others + 1) // 2
+    return ranks.squeeze(1).long()
 
 
 def _check_options(ties: str, chunk_size: int | None) -> None:

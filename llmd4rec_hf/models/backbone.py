@@ -75,6 +75,8 @@ def load_backbone(
             trust_remote_code=trust_remote_code,
             **kwargs,
         )
+    except ConfigurationError:  # says all itself, and is a ValueError too
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(_cannot_load("language model", name, error)) from error
 

@@ -28,13 +28,14 @@ class LossChunks:
     def __init__(self, size: int | None = None):
         self.size = size
 
-    def run(self, loss: Callable[[int | None], T], chosen: int) -> T:
+    def run(self, loss: Callable[[int | None], T], choose: Callable[[], int], positions: int) -> T:
         """
         Call `loss(chunk_size)`, with smaller chunks until it goes through.
 
         Args:
             loss (`Callable`): takes the positions per chunk, or `None` to choose them.
-            chosen (`int`): how many it then chooses.
+            choose (`Callable`): says how many it then chooses.
+            positions (`int`): most that a chunk can have.
 
         Raises:
             RuntimeError: memory does not suffice for chunks of a single position.
@@ -43,7 +44,7 @@ class LossChunks:
             try:
                 return loss(self.size)
             except RuntimeError as error:
-                size = self.size or chosen
+                size = min(self.size or choose(), positions)
                 if size <= 1 or not should_reduce_batch_size(error):
                     raise
             # Not inside the handler: the error holds on to every tensor of the failed attempt.

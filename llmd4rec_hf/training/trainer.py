@@ -24,7 +24,7 @@ from ..distillation import (
     sampled_distillation_loss,
 )
 from ..distillation.stored_teacher import StoredTeacher
-from ..distillation.walk import default_chunk_size, default_slice_size
+from ..distillation.walk import autocast_dtype, default_chunk_size, default_slice_size
 from ..errors import ConfigurationError
 from ..evaluation import ranking_metrics, score_targets
 from ..files import write_manifest
@@ -260,19 +260,21 @@ class DistillationTrainer(HistoryTrainer):
         )
         # Autocast ends with the model's forward, and most of a step's arithmetic is here.
         with self.accelerator.autocast():
-            parts = self._loss_chunks.run(lambda size: loss_of_chunks(chunk_size=size), self._chunk_size(labels))
+            parts = self._loss_chunks.run(
+                lambda size: loss_of_chunks(chunk_size=size), self._default_chunk_size, labels.numel()
+            )
         self._loss_sums.add(parts, labels.numel(), divisor, has_teacher=self._teacher_cache is not None)
         # Gradients are averaged over processes, and the divisor counts the positions of all of them.
         loss = parts.loss * self.accelerator.num_processes
         outputs.loss = loss
         return (loss, outputs) if return_outputs else loss
 
-    def _chunk_size(self, labels: torch.Tensor) -> int:
+    def _default_chunk_size(self) -> int:
         """Positions that the loss takes at a time if nobody says how many."""
-        scored, size = self.model.config.num_items, default_chunk_size
+        device = self.args.device
         if self._num_negatives is not None:
-            scored, size = self._num_negatives, default_slice_size
-        return min(size(scored, labels.device), max(labels.numel(), 1))
+            return default_slice_size(self._num_negatives, device)
+        return default_chunk_size(self.model.config.num_items, device, autocast_dtype(device.type))
 
     def _teacher_output(self, inputs) -> torch.Tensor | ListedScores | None:
         if self._teacher_cache is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -118,6 +119,8 @@ class TestFromInteractions:
         assert "1 of 3 items have no text" in caplog.text
         with pytest.raises(DataError, match="none of 2 items has a text in the catalogue, whose first item is 7 "):
             ItemVocabulary.from_interactions(log(14, 16), items)
+        empty = datasets.Dataset.from_dict({"item_id": [], "title": []})
+        assert ItemVocabulary.from_interactions(log(14), empty).texts == ["14"]
         assert ItemVocabulary.from_interactions(log(3)).texts is None
         assert ItemVocabulary.from_interactions(log(3)).text(1) == "3"
 

@@ -240,6 +240,20 @@ def test_out_of_memory_in_the_loss_makes_smaller_chunks_and_the_same_training(tm
     assert max(sizes[len(warnings) :]) <= 4
 
 
+@pytest.mark.parametrize(("asked", "second"), [(100_000, 32), (None, 4)])
+def test_halving_begins_at_the_chunk_that_failed(asked, second):
+    """Neither at what was asked for where there are fewer positions, nor at all of them where a chunk holds fewer."""
+    sizes = []
+
+    def hungry(size):
+        sizes.append(size)
+        if size is None or size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    loss_chunks.LossChunks(asked).run(hungry, lambda: 8, positions=64)
+    assert sizes[:2] == [asked, second]
+
+
 def test_out_of_memory_for_a_single_position_is_raised(tmp_path, monkeypatch, world):
     def starve(*args, **kwargs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 8 bytes")
