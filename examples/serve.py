@@ -22,7 +22,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 
 FORMAT_VERSION = 1
@@ -112,7 +112,7 @@ class Request(BaseModel):
     """What `POST /recommend` takes; anything else is refused."""
 
     model_config = ConfigDict(extra="forbid")
-    histories: list[list[int | str]] = Field(min_length=1, max_length=MOST_HISTORIES)
+    histories: list[list[StrictInt | str]] = Field(min_length=1, max_length=MOST_HISTORIES)
     k: int = Field(10, ge=1)
     filter_seen: bool = True
     skip_unknown: bool = False

@@ -126,15 +126,20 @@ def times(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 def seconds(values: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     """
     Times in seconds. Finer units are known by their size: as seconds they would lie after the year 5000. Dates written
-    as numbers (20170714) are known by being dates, all of them: as seconds they would lie in August 1970.
+    as numbers (20170714) are known by being dates, most of them: as seconds they would lie in August 1970.
     """
     lowest, highest = pc.min_max(values).as_py().values()
     if pa.types.is_integer(values.type) and 19000101 <= lowest and highest <= 21001231:
-        dates = pc.strptime(values.cast(pa.string()), format="%Y%m%d", unit="s", error_is_null=True).cast(pa.int64())
-        if not dates.null_count:
+        # Not by Arrow, to which the 31st of February is the 3rd of March.
+        dates = pd.to_datetime(values.cast(pa.string()).to_pandas(), format="%Y%m%d", errors="coerce")
+        if dates.notna().mean() > 0.5:
+            row = first_true(dates.isna().to_numpy())
+            if row is not None:
+                raise DataError(f"{where}: row {row + 1} holds {values[row]}, which is no date; correct or drop it")
             logger.info("%s: numbers that are dates (YYYYMMDD) are turned to seconds", where)
-            _refuse_impossible(dates, values, where)
-            return dates
+            moments = pa.chunked_array([pa.array(dates.to_numpy().astype("datetime64[s]").astype("int64"))])
+            _refuse_impossible(moments, values, where)
+            return moments
     unit, parts = _unit(lowest)
     if _unit(highest) != (unit, parts):
         low, high = (first_true(pc.equal(values, value)) + 1 for value in (lowest, highest))

@@ -56,7 +56,8 @@ class RankingMetric(evaluate.Metric):
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_INPUTS_DESCRIPTION,
-            features=Features({"predictions": Value("int64")}),
+            # Not integers, to which a rank of 1.9 would become one of 1 without a word.
+            features=Features({"predictions": Value("float64")}),
             reference_urls=["https://doi.org/10.1145/582415.582418"],
         )
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig
@@ -156,6 +157,7 @@ class RecBoleSASRecModel(RecommenderModel):
             items, positions = state["item_embedding.weight"], state["position_embedding.weight"]
             layers = {name.split(".")[2] for name in state if name.startswith("trm_encoder.layer.")}
             inner = state["trm_encoder.layer.0.feed_forward.dense_1.weight"].shape[0]
+            renamed = _renamed(state, len(layers))
         except KeyError as error:
             raise ConfigurationError(f"{weights} holds no SASRec of RecBole: {error} is missing.") from error
         model = cls(
@@ -171,8 +173,11 @@ class RecBoleSASRecModel(RecommenderModel):
                 layer_norm_eps=layer_norm_eps,
             )
         )
-        state["item_embedding.weight"] = items[_rows_of(vocabulary, item_tokens, items.shape[0])]
-        model.load_state_dict(_renamed(state, len(layers)))
+        renamed["item_embedding.weight"] = items[_rows_of(vocabulary, item_tokens, items.shape[0])]
+        try:
+            model.load_state_dict(renamed)
+        except RuntimeError as error:
+            raise ConfigurationError(f"{weights} holds no SASRec of RecBole whose sizes fit: {error}") from error
         model.vocabulary = vocabulary
         return model.eval()
 
@@ -181,9 +186,12 @@ def _read_state(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise ConfigurationError(f"{path} is not a plain state dict; {_HOW_TO_SAVE}") from error
+    if not isinstance(state, dict):
+        raise ConfigurationError(f"{path} is not a state dict but a {type(state).__name__}; {_HOW_TO_SAVE}")
+    return state
 
 
 def _rows_of(vocabulary: ItemVocabulary, item_tokens: Sequence[str], num_rows: int) -> list[int]:

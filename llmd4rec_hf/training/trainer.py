@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import EarlyStoppingCallback, EvalPrediction, TrainingArguments
 from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
 
 from ..data.sequences import item_id_range
 from ..distillation import (
@@ -37,8 +38,11 @@ from .guard import StepGuard
 from .loss_chunks import LossChunks
 from .loss_sums import LOSS_SUMS_NAME, LossSums
 from .model_card import trainer_card
+from .precision import bf16_slowdown
 from .sparse_rows import RowAdamW, check_sparse_gradients, with_row_values
 
+
+logger = logging.get_logger(__name__)
 
 # With an underscore in front, because pushes to the Hub leave such names out.
 TEACHER_CACHE_NAME = "_teacher_cache"
@@ -167,7 +171,8 @@ class DistillationTrainer(HistoryTrainer):
                 raise ConfigurationError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
         elif resume_from_checkpoint and not Path(resume_from_checkpoint).is_dir():
             raise ConfigurationError(f"There is no checkpoint {resume_from_checkpoint} to resume from.")
-        self._check_items()
+        self._check_training_set()
+        self._warn_of_slow_numbers()
         self._prepare_teacher()
         self._prepare_student(self.model)
         self._loss_sums = LossSums(self.args.device)
@@ -186,17 +191,26 @@ class DistillationTrainer(HistoryTrainer):
         self.guard.watch(loss)
         return loss
 
-    def _check_items(self) -> None:
-        rows, num_items = self.train_dataset, self.model.config.num_items
+    def _check_training_set(self) -> None:
+        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
+            raise ConfigurationError("The training set is empty: there is nothing to learn from.")
+        self._check_items(self.train_dataset, "training")
+
+    def _check_items(self, rows, use: str) -> None:
         if not isinstance(rows, Dataset) or "item_ids" not in rows.column_names:
             return
-        if len(rows) == 0:
-            raise ConfigurationError("The training set is empty: there is nothing to learn from.")
-        _, highest = item_id_range(rows)
+        (_, highest), num_items = item_id_range(rows), self.model.config.num_items
         if highest > num_items:
             raise ConfigurationError(
-                f"The training set holds the item id {highest} and the student scores {num_items} items: build it "
+                f"The {use} set holds the item id {highest} and the student scores {num_items} items: build it "
                 "with num_items=len(vocabulary) of the vocabulary that the log was split with."
+            )
+
+    def _warn_of_slow_numbers(self) -> None:
+        if self.args.bf16 and self.args.device.type == "cpu" and (slowdown := bf16_slowdown()) > 1.5:
+            logger.warning_once(
+                f"A matrix product in bf16 takes this processor {slowdown:.1f} times as long as one in float32: "
+                "without bf16 training is faster."
             )
 
     def _prepare_teacher(self) -> None:
@@ -344,6 +358,11 @@ class DistillationTrainer(HistoryTrainer):
             self.accelerator.clip_grad_norm_ = lambda parameters, *args: clip(with_row_values(parameters), *args)
 
     # --- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        """As in `Trainer`; items that the model lacks are named before any is looked up."""
+        self._check_items(dataloader.dataset, "evaluation")
+        return super().evaluation_loop(dataloader, *args, **kwargs)
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -272,6 +272,7 @@ class TestBadInput:
             (frame((1, 2, datetime.time(9, 30))), r"type time64\[us\] is no moment"),
             (frame((1, 2, datetime.timedelta(3))), r"type duration\[us\] is no moment"),
             (frame((1, 2, 19690101), (1, 3, 19700101)), "row 1 holds 19690101, which is no time"),
+            (frame((1, 2, 20170131), (1, 3, 20170231), (1, 4, 20170301)), "row 2 holds 20170231, which is no date"),
             (frame((1, 2, 3), (1, "", 4)), "row 2 has no id"),
             (frame((1, 2.0**53, 3)), "row 1 holds 9007199254740992.0; ids must be integers or strings"),
             (frame((1, True, 3)), "type bool cannot be an id"),

@@ -36,6 +36,10 @@ class TestRankingMetric:
         metric = RankingMetric(keep_in_memory=True)
         assert metric.compute(predictions=torch.tensor(RANKS), ks=(1, 7)) == ranking_metrics(RANKS, ks=(1, 7))
 
+    def test_ranks_between_whole_numbers_are_not_rounded(self):
+        halves = [1.5, 6.5]
+        assert RankingMetric(keep_in_memory=True).compute(predictions=halves) == ranking_metrics(halves)
+
     def test_batches_through_a_file(self, tmp_path):
         metric = RankingMetric(cache_dir=str(tmp_path))
         metric.add_batch(predictions=torch.tensor(RANKS[:3]))

@@ -113,6 +113,7 @@ def test_unknown_items_can_be_skipped(service):
         ({"histories": [[101]] * 257}, 422, "at most 256 items"),
         ({"histories": [[101] * 2001]}, 413, "send the newest 2000"),
         ({"histories": [[None]]}, 422, "valid"),
+        ({"histories": [[True]]}, 422, "valid"),
         ({"histories": "101"}, 422, "valid list"),
         ({"history": [101]}, 422, "Field required"),
         ({"histories": [[101]], "n": 3}, 422, "Extra inputs"),

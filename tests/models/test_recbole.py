@@ -78,5 +78,21 @@ def test_what_does_not_fit(theirs, state, vocabulary, tmp_path):
     torch.save({"config": Path("x")}, path, pickle_protocol=4)
     with pytest.raises(ConfigurationError, match="is not a plain state dict"):
         RecBoleSASRecModel.from_recbole(path, tokens, vocabulary)
-    with pytest.raises(ConfigurationError, match="is not a plain state dict"):
-        RecBoleSASRecModel.from_recbole(tmp_path / "nowhere.pt", tokens, vocabulary)
+    for name in ("LayerNorm.bias", "trm_encoder.layer.0.feed_forward.LayerNorm.bias"):
+        torch.save({key: value for key, value in state.items() if key != name}, path)
+        with pytest.raises(ConfigurationError, match=f"'{name}' is missing"):
+            RecBoleSASRecModel.from_recbole(path, tokens, vocabulary)
+    torch.save({**state, "LayerNorm.bias": torch.zeros(7)}, path)
+    with pytest.raises(ConfigurationError, match="holds no SASRec of RecBole whose sizes fit"):
+        RecBoleSASRecModel.from_recbole(path, tokens, vocabulary)
+    torch.save(torch.zeros(1), path)
+    with pytest.raises(ConfigurationError, match="is not a state dict but a Tensor"):
+        RecBoleSASRecModel.from_recbole(path, tokens, vocabulary)
+
+
+@pytest.mark.parametrize("name", ["nowhere.pt", "empty.pt", "torn.safetensors"])
+def test_files_that_hold_nothing(theirs, vocabulary, tmp_path, name):
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    with pytest.raises(ConfigurationError, match=f"{name} is not a plain state dict"):
+        RecBoleSASRecModel.from_recbole(tmp_path / name, theirs["tokens"], vocabulary)

@@ -31,6 +31,7 @@ from llmd4rec_hf.distillation import teacher_cache
 from llmd4rec_hf.errors import CacheError, ConfigurationError
 from llmd4rec_hf.models import RecBoleSASRecConfig, RecBoleSASRecModel
 from llmd4rec_hf.training import mutual_distill_trainer
+from llmd4rec_hf.training import trainer as trainer_module
 
 
 @pytest.fixture
@@ -401,6 +402,21 @@ def test_an_llm_that_cannot_tell_items_apart_is_warned_of(
 def test_data_of_another_catalogue_is_refused(make_crm, arguments, splits):
     with pytest.raises(ConfigurationError, match="holds the item id 12 and the student scores 5 items"):
         CRMTrainer(make_crm(num_items=5), arguments(), splits["train"]).train()
+    trainer = CRMTrainer(make_crm(num_items=5), arguments(), splits["train"], splits["validation"])
+    for measure in (trainer.evaluate, partial(trainer.predict, splits["validation"])):
+        with pytest.raises(ConfigurationError, match="The evaluation set holds the item id 12 and the student scores"):
+            measure()
+
+
+@pytest.mark.parametrize(
+    ("bf16", "slowdown", "warned"), [(True, 13.21, True), (True, 0.6, False), (False, 13.21, False)]
+)
+def test_slow_half_precision_is_warned_of(make_crm, arguments, splits, monkeypatch, bf16, slowdown, warned):
+    said = []
+    monkeypatch.setattr(trainer_module, "bf16_slowdown", lambda: slowdown)
+    monkeypatch.setattr(trainer_module.logger, "warning_once", said.append)
+    train(make_crm(0), arguments(bf16=bf16, max_steps=1), splits)
+    assert ["in bf16 takes this processor 13.2 times as long" in text for text in said] == [True] * warned
 
 
 @pytest.mark.parametrize("column", ["row_id", "length"])
