@@ -11,8 +11,10 @@ Runs that differ in their seeds alone also get a mean with its standard deviatio
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import statistics
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -20,11 +22,11 @@ from rich.table import Table
 
 from llmd4rec_hf.command_line import escaped, one_line_errors, script_parser
 from llmd4rec_hf.errors import DataError
-from llmd4rec_hf.evaluation.report import (
+from llmd4rec_hf.evaluation.report import markdown_table
+from llmd4rec_hf.evaluation.results import (
     FINAL_MODELS,
     cut_offs,
     final_metric,
-    markdown_table,
     number,
     percent,
     protocol_line,
@@ -103,9 +105,6 @@ def show(lines: list[tuple[str, ...]], options: argparse.Namespace, captions: li
     if options.format == "markdown":
         print(markdown_table(HEADER, lines))
     elif options.format == "csv":
-        import csv
-        import sys
-
         csv.writer(sys.stdout, lineterminator="\n").writerows([HEADER, *lines])
     else:
         table = Table(title=f"Test, {options.metric}", caption="\n".join(captions))

@@ -22,7 +22,7 @@ from rich.table import Table
 from llmd4rec_hf import RecommenderModel, load_interactions, ranking_metrics
 from llmd4rec_hf.command_line import (
     column_pair,
-    cut_offs,
+    cut_off_list,
     one_line_errors,
     output_file,
     positive_number,
@@ -32,6 +32,7 @@ from llmd4rec_hf.data import load_prepared, make_demo
 from llmd4rec_hf.data.formats import format_names
 from llmd4rec_hf.data.prepared import SPLITS, is_prepared
 from llmd4rec_hf.errors import DataError, UnknownItemsError
+from llmd4rec_hf.evaluation.results import protocol_entry, ranking_line
 from llmd4rec_hf.models.recommendations import Recommendations, save_qrels
 
 
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("how").add_argument
     add("--seen_items", default="mask", choices=["mask", "keep"], help="leave items of the history out of the ranking")
     add("--new_items", default="refuse", choices=["refuse", "skip"], help="interactions with items the model lacks")
-    add("--ks", default="5,10,20", help="cut-offs (%(default)s)")
+    add("--ks", type=cut_off_list, default="5,10,20", metavar="K,K,...", help="cut-offs (%(default)s)")
     add("--batch_size", type=positive_number, default=256, metavar="N", help="histories at a time (%(default)s)")
     add("--use_cpu", action="store_true", help="even if there is an accelerator")
     add = parser.add_argument_group("what to write").add_argument
@@ -151,18 +152,15 @@ def show(metrics: dict[str, float], title: str, caption: str, console: Console) 
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Load, measure, show, write."""
-    ks = cut_offs(options.ks)
     model = RecommenderModel.from_pretrained(options.model)
     if model.vocabulary is None:
         raise DataError(f"{options.model} has no vocabulary.json, so its internal ids mean nothing.")
     interactions, prepared_by = load_log(options)
     split_by = options.split_by or prepared_by or split_of_run(options.model)
     rows = make_rows(options, model, interactions, split_by)
-    metrics = measure(options, model, rows, ks)
-    protocol = {"split": split_by, "rows": options.split, "number_of_rows": len(rows)}
-    protocol |= {"seen_items": "masked" if options.seen_items == "mask" else "kept", "ties": "pessimistic"}
-    caption = f"{len(rows):,} rows against all {len(model.vocabulary):,} items, {split_by} split, "
-    caption += f"seen items {protocol['seen_items']}, ties pessimistic"
+    metrics = measure(options, model, rows, options.ks)
+    protocol = protocol_entry(split_by, options.seen_items) | {"rows": options.split, "number_of_rows": len(rows)}
+    caption = f"{len(rows):,} rows, {split_by} split, {ranking_line(protocol, len(model.vocabulary))}"
     show(metrics, f"{Path(options.model).name}, {options.split}", caption, console)
     if options.save_metrics:
         content = {"model": options.model, "dataset": options.dataset, "protocol": protocol, "metrics": metrics}

@@ -32,7 +32,7 @@ logger.setLevel(logging.INFO)
 
 import datasets  # noqa: E402
 from accelerate import PartialState  # noqa: E402
-from transformers import AutoModel, HfArgumentParser, set_seed  # noqa: E402
+from transformers import HfArgumentParser, set_seed  # noqa: E402
 
 from llmd4rec_hf import (  # noqa: E402
     CRMArguments,
@@ -215,8 +215,8 @@ def _refuse_data_options(options, prepared: dict) -> None:
     if given:
         words = ", ".join(f"--{name}" for name in given)
         raise ConfigurationError(
-            f"{options.dataset} is prepared already, so nothing would come of {words}: leave out what it was prepared "
-            "with, and prepare it anew with what is new."
+            f"{options.dataset} is prepared already, so {words} would have no effect: leave them out, or run "
+            "prepare.py again with them."
         )
 
 
@@ -245,12 +245,9 @@ def build_crm(options, vocabulary: ItemVocabulary) -> RecommenderModel:
     if options.crm == "gru4rec":
         return GRU4RecModel(GRU4RecConfig(**shape))
     try:
-        return AutoModel.from_pretrained(options.crm)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigurationError(
-            f"--crm {options.crm}: neither sasrec, gru4rec nor a trained CRM ({reason})"
-        ) from error
+        return RecommenderModel.from_pretrained(options.crm)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--crm {options.crm}: neither sasrec, gru4rec nor a trained CRM. {error}") from error
 
 
 def build_llm(options, vocabulary: ItemVocabulary, item_dim: int) -> LLMRecommender:

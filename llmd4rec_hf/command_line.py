@@ -15,7 +15,7 @@ import transformers
 from accelerate import PartialState
 from rich.console import Console
 
-from .errors import ConfigurationError, LLMD4RecError, RunInterrupted
+from .errors import LLMD4RecError, RunInterrupted
 
 
 def script_parser(doc: str) -> argparse.ArgumentParser:
@@ -36,16 +36,20 @@ def column_pair(text: str) -> tuple[str, str]:
 def whole_number(text: str) -> int:
     """A number of things, 0 among them."""
     if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
     return int(text)
 
 
 def positive_number(text: str) -> int:
     """A number of things, one at least."""
-    number = whole_number(text)
-    if number == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return number
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
+    return int(text)
+
+
+def cut_off_list(text: str) -> tuple[int, ...]:
+    """`5,10,20` as numbers."""
+    return tuple(positive_number(word.strip()) for word in text.split(","))
 
 
 def output_file(text: str) -> str:
@@ -84,14 +88,3 @@ def one_line_errors() -> Iterator[None]:
 def escaped(text: str) -> str:
     """Text in which nothing is taken for rich's markup, item titles with brackets among it."""
     return text.replace("[", "\\[")
-
-
-def cut_offs(text: str) -> tuple[int, ...]:
-    """`5,10,20` as numbers."""
-    try:
-        ks = tuple(int(word) for word in text.split(","))
-    except ValueError as error:
-        raise ConfigurationError(f"Cut-offs are whole numbers parted by commas, got {text!r}.") from error
-    if min(ks) < 1:
-        raise ConfigurationError(f"A cut-off must be at least 1, got {text!r}.")
-    return ks

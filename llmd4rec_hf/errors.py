@@ -4,6 +4,11 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """An error of a library cut to one line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class LLMD4RecError(Exception):
     """Base class: catch it to catch every error of this package that a user can mend."""
 
@@ -18,11 +23,11 @@ class UnknownItemsError(DataError):
 
     Args:
         what (`str`): how many there are, and which is the first.
-        remedy (`str`): what to do, by the names that whoever asked knows.
+        remedy (`str`, *optional*): what to do, by the names that whoever asked knows.
     """
 
-    def __init__(self, what: str, remedy: str):
-        super().__init__(f"{what}; {remedy}")
+    def __init__(self, what: str, remedy: str | None = None):
+        super().__init__(what if remedy is None else f"{what}; {remedy}")
         self.what = what
 
     def with_remedy(self, remedy: str) -> UnknownItemsError:

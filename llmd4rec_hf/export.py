@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, first_line
 from .files import storage_errors_named, write_json
 from .models import LLMRecommender, RecommenderModel
 
@@ -83,9 +83,12 @@ def export_model(
     ):
         program, shapes = _trace(model, k)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Written last, they say that all files are of one model.
+        # Removed first and written last: while it is there, all files are of one model.
         path.with_name(FACTS_NAME).unlink(missing_ok=True)
-        (_save_onnx if format == "onnx" else _save_torch)(program, path, shapes)
+        if format == "onnx":
+            _save_onnx(program, path, shapes)
+        else:
+            _save_torch(program, path)
         if k is None:
             np.save(path.with_name(ITEM_MATRIX_NAME), model.item_matrix().detach().numpy(), allow_pickle=False)
         model.vocabulary.save_pretrained(path.parent)
@@ -155,11 +158,11 @@ def _trace(model: RecommenderModel, k: int | None) -> tuple[ExportedProgram, dic
             return program, shapes
         except Exception as error:  # a model of the user's own may fail in any way
             errors.append(error)
-    reason = str(errors[-1]).strip().splitlines()[0]
+    reason = first_line(errors[-1])
     raise ConfigurationError(f"{type(model).__name__} cannot be traced by torch.export: {reason}") from errors[0]
 
 
-def _save_torch(program: ExportedProgram, path: Path, shapes: dict) -> None:
+def _save_torch(program: ExportedProgram, path: Path) -> None:
     # The inputs that it was traced with would be stored as a pickle; nothing needs them.
     program._example_inputs = None  # the setter of older releases takes no `None`
     torch.export.save(program, path)

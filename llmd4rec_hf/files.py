@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import LLMD4RecError, StorageError
+from .errors import LLMD4RecError, StorageError, first_line
 
 
 MANIFEST_NAME = "manifest.json"
@@ -29,14 +29,26 @@ _STORAGE_WORDS = (
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write beside its place, and rename: whoever reads finds the old content or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    """As [`whole_file`]; what has been written outlasts a power cut too."""
+    with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """
+    A place beside `path` to write to. When the block ends well it becomes `path`, in one step: whoever reads finds the
+    old content or the new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several processes may write the same file
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -103,14 +115,10 @@ def storage_errors_named(folder: Path, remedy: str) -> Iterator[None]:
     except Exception as error:
         if not _is_about_storage(error):
             raise
-        raise StorageError(f"Cannot write to {folder} ({_first_line(error)}). {remedy}") from error
+        raise StorageError(f"Cannot write to {folder} ({first_line(error)}). {remedy}") from error
 
 
 def _is_about_storage(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _STORAGE_ERRORS
     return any(words in str(error).lower() for words in _STORAGE_WORDS)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

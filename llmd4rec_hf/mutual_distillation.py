@@ -15,7 +15,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import DatasetDict
 from transformers.utils import logging
@@ -24,18 +23,12 @@ from .data import ItemVocabulary
 from .errors import ConfigurationError
 from .evaluation import ranking_metrics
 from .evaluation.report import write_report
+from .evaluation.results import CONTROL_SUFFIX, protocol_entry
 from .files import storage_errors_named, whole_folder, write_json, write_manifest
 from .models import LLMRecommender, RecommenderEnsemble, RecommenderModel
 from .processes import on_main_process
 from .run_checks import check_run
-from .run_results import (
-    assemble_results,
-    dataset_entry,
-    late_gain,
-    protocol_entry,
-    rounds_of,
-    settings_entry,
-)
+from .run_results import assemble_results, dataset_entry, late_gain, rounds_of, settings_entry
 from .run_state import (
     CONTROL,
     DISTILLED,
@@ -48,14 +41,7 @@ from .run_state import (
     run_identity,
     weights_facts,
 )
-from .training import (
-    CRMArguments,
-    CRMTrainer,
-    DistillationArguments,
-    DistillationTrainer,
-    MutualDistillArguments,
-    MutualDistillTrainer,
-)
+from .training import TRAINERS, CRMArguments, DistillationArguments, DistillationTrainer, MutualDistillArguments
 from .training.checkpoints import last_whole_checkpoint
 from .training.guard import stop_signals
 from .training.progress import PhaseProgress
@@ -178,7 +164,6 @@ class MutualDistillation:
         check_run(self.models, self.args, self.sequences, self.vocabulary, config.fresh_sides)
         for model in self.models.values():
             model.vocabulary = vocabulary
-        self.process = PartialState()
         self.state: dict = {}
 
     # --- the run -------------------------------------------------------------------------------------------------
@@ -255,8 +240,7 @@ class MutualDistillation:
         refresh = phase.side == "llm" and (phase.round == 1 or self.config.refresh == "copy")
         if refresh:
             student.set_item_vectors(other.item_matrix())
-        trainer_class = MutualDistillTrainer if phase.side == "llm" else CRMTrainer
-        return trainer_class(
+        return TRAINERS[phase.side](
             student,
             args,
             self.sequences["train"],
@@ -335,7 +319,7 @@ class MutualDistillation:
         final = {}
         for side in ("crm", "llm"):
             for arm in (DISTILLED, CONTROL):
-                key = side if arm == DISTILLED else f"{side}_without_distillation"
+                key = side if arm == DISTILLED else side + CONTROL_SUFFIX
                 final[key] = self._test_best(side, arm) if arm in self._arms else None
         test, config = self.sequences["test"], self.config
         results = assemble_results(
@@ -366,9 +350,8 @@ class MutualDistillation:
         model = self._student(side)
         folder = str(self.output_dir / "phases" / "test")
         args = dataclasses.replace(self.args[side], output_dir=folder, early_stopping_patience=None)
-        trainer_class = MutualDistillTrainer if side == "llm" else CRMTrainer
         # `Trainer` asks for it where the arguments say when to evaluate.
-        trainer = trainer_class(model, args, eval_dataset=self.sequences["validation"])
+        trainer = TRAINERS[side](model, args, eval_dataset=self.sequences["validation"])
         PhaseProgress.install(trainer, f"{side.upper()} test")
         ranks = trainer.predict(self.sequences["test"]).predictions
         if arm == DISTILLED:
@@ -377,8 +360,7 @@ class MutualDistillation:
         return {
             "round": best.round,
             "validation": record["validation"],
-            # A run that an older release began has not written it down.
-            "late_gain": record.get("late_gain"),
+            "late_gain": record["late_gain"],
             "test": ranking_metrics(ranks),
         }
 
@@ -396,7 +378,7 @@ class MutualDistillation:
         initial = on_main_process(lambda: {side: model.content_hash() for side, model in self.models.items()})
         self.state = on_main_process(lambda: read_state(self.output_dir, identity))
         if self.state is not None:
-            if self.state.get("initial", initial) != initial:
+            if self.state["initial"] != initial:
                 logger.warning(
                     f"The run in {self.output_dir} began with other weights than these models have, and goes on with "
                     "those: to begin with these, give another output_dir."

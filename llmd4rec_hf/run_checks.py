@@ -13,10 +13,9 @@ from .data.sequences import item_id_range
 from .errors import ConfigurationError
 from .evaluation import ranking_metrics
 from .models import RecommenderModel
-from .training import CRMArguments, DistillationArguments, MutualDistillArguments
+from .training import TRAINERS, DistillationArguments
 
 
-ARGUMENTS = {"llm": MutualDistillArguments, "crm": CRMArguments}
 # What each split is for, for messages.
 USES = {"train": "learn from", "validation": "choose the best by", "test": "test on"}
 
@@ -38,7 +37,8 @@ def check_run(
     Raises:
         ConfigurationError: they do not go together, or would end a phase after others have been trained.
     """
-    for side, kind in ARGUMENTS.items():
+    for side, trainer in TRAINERS.items():
+        kind = trainer.arguments_class
         if not isinstance(args[side], kind):
             raise ConfigurationError(f"{side}_args must be {kind.__name__}, got {type(args[side]).__name__}.")
         _check_arguments(side, args[side])

@@ -45,7 +45,7 @@ def assemble_results(
         phases (`dict[str, dict]`): the records of all phases, by their names.
         final (`dict`): what the test of each side's best round came to.
         dataset (`dict`): see [`dataset_entry`].
-        protocol (`dict`): see [`protocol_entry`].
+        protocol (`dict`): see [`~llmd4rec_hf.evaluation.results.protocol_entry`].
         settings (`dict`): see [`settings_entry`].
         seed (`int`): of the run.
         has_controls (`bool`): whether both models were also trained without distillation.
@@ -80,16 +80,6 @@ def dataset_entry(test: Dataset, vocabulary: ItemVocabulary, name: str, facts: d
         "hash": data_hash(test),
         **(facts or {}),
         "test_rows": len(test),
-    }
-
-
-def protocol_entry(split: str, seen_items: str) -> dict:
-    """What the metrics were measured by: how the data were split, and the trainers' `seen_items`."""
-    return {
-        "split": split,
-        "seen_items": "masked" if seen_items == "mask" else "kept",
-        "ties": "pessimistic",
-        "ranking": "full",
     }
 
 

@@ -16,8 +16,8 @@ from .interactions import describe_interactions, log_table, sort_log
 from .vocabulary import ItemVocabulary
 
 
-LEAVE_ONE_OUT_LEAKS = (
-    "Leave-one-out splits every user at another moment, so models learn from interactions that happened after the "
+SPLIT_PER_USER_LEAKS = (
+    "Every user's history is split at a moment of its own, so models learn from interactions that happened after the "
     "targets they are tested on; numbers are comparable with those of the same split, not with live use."
 )
 
@@ -148,7 +148,7 @@ def _targets(sequences: datasets.DatasetDict, num_items: int) -> dict[str, int]:
 
 def _leakage(interactions: datasets.Dataset, sequences: datasets.DatasetDict) -> dict[str, Any]:
     if "position" in interactions.column_names:
-        return {"training_after_target": None, "statement": LEAVE_ONE_OUT_LEAKS}
+        return {"training_after_target": None, "statement": SPLIT_PER_USER_LEAKS}
     table, user, users = sort_log(log_table(interactions))
     time = table["timestamp"].to_numpy()
     starts = np.searchsorted(user, np.arange(len(users)))
@@ -160,7 +160,7 @@ def _leakage(interactions: datasets.Dataset, sequences: datasets.DatasetDict) ->
     if not len(train):
         return {"training_after_target": None, "statement": "There is nothing to train on."}
     later = float((1 - np.searchsorted(train, targets, side="right") / len(train)).mean())
-    statement = LEAVE_ONE_OUT_LEAKS if later else "No training interaction is later than a test target."
+    statement = SPLIT_PER_USER_LEAKS if later else "No training interaction is later than a test target."
     return {"training_after_target": later, "statement": statement}
 
 

@@ -15,9 +15,9 @@ import pandas as pd
 import pyarrow as pa
 from datasets.exceptions import DatasetNotFoundError
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from .arrow import from_pandas, to_table
-from .formats import DelimitedFormat, detect_format, first_line
+from .formats import DelimitedFormat, detect_format
 
 
 logger = logging.getLogger(__name__)

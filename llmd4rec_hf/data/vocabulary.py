@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from huggingface_hub import hf_hub_download
 
-from ..errors import DataError, UnknownItemsError
+from ..errors import DataError, UnknownItemsError, first_line
+from ..files import whole_file
 from .arrow import first_true, id_array, same_type, to_table
 
 
@@ -226,14 +226,9 @@ class ItemVocabulary:
             `list[str]`: The path written.
         """
         path = Path(save_directory, VOCABULARY_FILE)
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = {"format_version": FORMAT_VERSION, "item_ids": self.item_ids, "texts": self.texts}
-        beside = path.with_name(f".{VOCABULARY_FILE}.{os.getpid()}")
-        try:
-            beside.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         return [str(path)]
 
     @classmethod
@@ -254,9 +249,9 @@ class ItemVocabulary:
             try:
                 path = Path(hf_hub_download(str(name_or_path), VOCABULARY_FILE, subfolder=subfolder, **hub_options))
             except Exception as error:
-                reason = str(error).strip().split("\n")[0]
                 raise DataError(
-                    f"{name_or_path}: no such folder, and no {VOCABULARY_FILE} on the Hub ({reason}); check the name"
+                    f"{name_or_path}: no such folder, and no {VOCABULARY_FILE} on the Hub ({first_line(error)}); "
+                    "check the name"
                 ) from error
         return cls(*_read_file(path))
 

@@ -24,8 +24,8 @@ from .loss import (
     check_options,
     loss_of_walk,
 )
-from .walk import LossSettings, autocast_dtype, default_slice_size, sample_weights
-from .weighting import TargetOutcome
+from .walk import LossSettings, autocast_dtype, default_slice_size
+from .weighting import TargetOutcome, sample_weights
 
 
 def draw_negatives(num_items: int, size: int, seed: int | Sequence[int]) -> torch.LongTensor:
@@ -188,13 +188,12 @@ class _SampledWalk:
         settings = self.settings
         log_q, log_p = ((s / settings.temperature + log_weights).log_softmax(dim=1) for s in (scores, teacher_scores))
         q, p = log_q.exp(), log_p.exp()
-        weights = sample_weights(
-            TargetOutcome(self.ranks[0][part], log_q[:, 0]), TargetOutcome(self.ranks[1][part], log_p[:, 0]), settings
-        )
+        outcomes = TargetOutcome(self.ranks[0][part], log_q[:, 0]), TargetOutcome(self.ranks[1][part], log_p[:, 0])
+        weights = sample_weights(*outcomes, settings.weighting, settings.rank_base)
         self.weights[part] = weights
         self.kl[part] = weights * settings.kl_scale * (p * (log_p - log_q)).sum(dim=1)
         self.agreement[part] = torch.minimum(p, q).sum(dim=1)
-        return (weights * (settings.kl_weight * settings.kl_scale / settings.temperature))[:, None] * (q - p)
+        return (weights * settings.kl_factor)[:, None] * (q - p)
 
 
 class _Side:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from ..data import ItemVocabulary, data_hash
 from ..data.arrow import column_array
+from ..data.vocabulary import VOCABULARY_FILE
 from ..errors import CacheError
 from ..files import MANIFEST_NAME, file_facts, is_altered, write_json
 from ..processes import on_every_process, on_main_process
@@ -30,11 +31,8 @@ logger = logging.get_logger(__name__)
 OFFSETS_NAME = "offsets.npy"
 # Beyond it, and a thousand times the number of rows, row ids are taken for other things than numbers of rows.
 _LARGEST_ROW_ID = 10**6
-VOCABULARY_NAME = "vocabulary.json"
 # All that a folder may hold which a new cache takes the place of.
-_CACHE_FILES = re.compile(
-    r"(manifest|vocabulary)\.json(\.partial)?|offsets\.npy|item_matrix\.safetensors|\w+-\d+-of-\d+\.npy"
-)
+_CACHE_FILES = re.compile(r"(manifest|vocabulary)\.json|offsets\.npy|item_matrix\.safetensors|\w+-\d+-of-\d+\.npy")
 _FACTS = {"num_items", "max_length", "positions", "data_hash", "teacher_hash", "shards", "files"}
 
 
@@ -76,7 +74,7 @@ class StoredTeacher(ABC):
                     f"{type(self).__name__}.build."
                 )
         self.vocabulary = None
-        if VOCABULARY_NAME in self.manifest["files"]:
+        if VOCABULARY_FILE in self.manifest["files"]:
             self.vocabulary = ItemVocabulary.from_pretrained(self.directory)
         self._offsets = np.load(self.directory / OFFSETS_NAME, allow_pickle=False)
         self._shards = [
@@ -171,11 +169,10 @@ class StoredTeacher(ABC):
             raise CacheError(f"There is no teacher cache in {self.directory}: {remedy}.")
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            version = manifest["format_version"]
+            version, holds = manifest["format_version"], manifest["holds"]
         except (ValueError, KeyError, TypeError) as error:
             raise CacheError(f"{path} is damaged ({error}): {remedy} again.") from error
-        # Caches of hidden states have not always said that this is what they hold.
-        if (holds := manifest.get("holds", "hidden")) != self.holds:
+        if holds != self.holds:
             raise CacheError(f"The teacher cache {self.directory} holds {holds!r}, not {self.holds!r}: {remedy} anew.")
         if version != self.format_version:
             raise CacheError(

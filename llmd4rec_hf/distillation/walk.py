@@ -19,7 +19,7 @@ import torch
 
 from ..evaluation.ranking import count_at_least
 from .listed_scores import ListedScores
-from .weighting import WEIGHTINGS, TargetOutcome, rank_weights
+from .weighting import TargetOutcome, sample_weights
 
 
 # Bytes of one chunk x items buffer in the products' dtype, of which a step holds one per model. Matrix products ask
@@ -218,7 +218,8 @@ class Walk:
             numerators, spare = student.mul_(temperature).exp2_(), softened
         distances = _row_sums(torch.abs(difference, out=spare))
         outcomes = self._outcome(self.student, part, sums), self._outcome(self.teacher, part, teacher_sums)
-        weights = sample_weights(*outcomes, settings).to(torch.float32).expand(len(sums)).unsqueeze(1)
+        weights = sample_weights(*outcomes, settings.weighting, settings.rank_base)
+        weights = weights.to(torch.float32).expand(len(sums)).unsqueeze(1)
         self.kl_sums.append((sums, teacher_sums, cross, distances, weights))
         return numerators, weights / sums
 
@@ -370,10 +371,3 @@ class _ListedSide(_Side):
 def autocast_dtype(device_type: str) -> torch.dtype:
     """The dtype of matrix products: float32 but under autocast."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else torch.float32
-
-
-def sample_weights(student: TargetOutcome, teacher: TargetOutcome, settings: LossSettings) -> torch.Tensor:
-    """How much the student listens at each position, of shape `(P,)`."""
-    if settings.weighting == "rank":
-        return rank_weights(student.ranks, teacher.ranks, settings.rank_base)
-    return WEIGHTINGS[settings.weighting](student, teacher)

@@ -85,6 +85,15 @@ WEIGHTINGS: dict[str, Callable[[TargetOutcome, TargetOutcome], torch.Tensor]] = 
 WITHOUT_RANKS = ("confidence", "none")
 
 
+def sample_weights(
+    student: TargetOutcome, teacher: TargetOutcome, weighting: str = "rank", rank_base: int = 1
+) -> torch.Tensor:
+    """How much the student listens at each position, of shape `(P,)`, by the weighting of this name."""
+    if weighting == "rank":  # the only one that has an argument
+        return rank_weights(student.ranks, teacher.ranks, rank_base)
+    return WEIGHTINGS[weighting](student, teacher)
+
+
 def register_weighting(name: str, weighting: Callable[[TargetOutcome, TargetOutcome], torch.Tensor]) -> None:
     """
     Make a weighting of your own known by a name, which `distillation_loss`, the trainers' arguments and the command

@@ -9,7 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .results import (
+    CONTROL_SUFFIX,
     final_metric,
+    has_distillation,
     main_cut_off,
     number,
     percent,
@@ -57,14 +59,8 @@ def draw_report(results: dict) -> Figure:
             The results of a run, see [`~llmd4rec_hf.evaluation.results`].
     """
     metric = f"ndcg@{main_cut_off(results)}"
-    has_distillation = any(
-        value is not None
-        for student in _COLOURS
-        for quantity in ("weight_mean", "agreement")
-        for value in round_distillation(results, student, quantity)
-    )
     layout, widths = [["rounds", "test"]], [1.5, 1.15]
-    if has_distillation:
+    if has_distillation(results):
         layout, widths = [["rounds", "test", "weight"], ["rounds", "test", "agreement"]], [1.5, 1.15, 0.85]
     with rc_context(_STYLE):
         figure = Figure(figsize=(4 * sum(widths), 4.8), layout="constrained")
@@ -72,7 +68,7 @@ def draw_report(results: dict) -> Figure:
         panels = figure.subplot_mosaic(layout, width_ratios=widths)
         _draw_rounds(panels["rounds"], results, metric)
         _draw_test(panels["test"], results, metric)
-        if has_distillation:
+        if has_distillation(results):
             _draw_distillation(panels["weight"], results, "weight_mean", "Mean distillation weight")
             _draw_distillation(panels["agreement"], results, "agreement", "Agreement with teacher")
             panels["agreement"].set_xlabel("round")
@@ -107,7 +103,7 @@ def _draw_rounds(axes: Axes, results: dict, metric: str) -> None:
 def _draw_test(axes: Axes, results: dict, metric: str) -> None:
     width = 0.36
     for position, (model, colour) in enumerate(_COLOURS.items()):
-        control = final_metric(results, f"{model}_without_distillation", metric)
+        control = final_metric(results, model + CONTROL_SUFFIX, metric)
         distilled = final_metric(results, model, metric)
         for offset, value, shade in ((-width / 2, control, _PALE[model]), (width / 2, distilled, colour)):
             bar = axes.bar(position + offset, value or 0, width * 0.94, color=shade)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from ..files import whole_file
 from .results import (
     CONTROL_SUFFIX,
     DASH,
@@ -16,8 +17,8 @@ from .results import (
     ROUND_MODELS,
     cautions,
     cut_offs,
-    distillation_of,
     final_metric,
+    has_distillation,
     main_cut_off,
     number,
     percent,
@@ -42,12 +43,11 @@ def write_report(results: dict, output_dir: str | os.PathLike) -> None:
     """
     from .figure import draw_report  # matplotlib is slow to import, and whoever only prints the table needs none of it
 
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    figure = draw_report(results)
-    _write_then_replace(output_dir / "report.png", lambda path: figure.savefig(path, format="png", dpi=150))
-    text = markdown_report(results)
-    _write_then_replace(output_dir / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+    figure, text = draw_report(results), markdown_report(results)
+    with whole_file(Path(output_dir, "report.png")) as path:
+        figure.savefig(path, format="png", dpi=150)
+    with whole_file(Path(output_dir, "report.md")) as path:
+        path.write_text(text, encoding="utf-8")
 
 
 def summary_table(results: dict) -> Table:
@@ -84,7 +84,7 @@ def markdown_report(results: dict) -> str:
         "## Validation by round",
         _validation_table(results),
     ]
-    if any(distillation_of(entry, student) for entry in results["rounds"] for student in ("llm", "crm")):
+    if has_distillation(results):
         sections += ["## Distillation by round", _distillation_table(results)]
     sections += [
         "## Data",
@@ -169,7 +169,7 @@ def _dataset_rows(dataset: dict) -> Iterable[tuple[str, str]]:
 
 
 def _settings_sections(settings: dict) -> list[str]:
-    """What decided the run; nothing for results of an older release, which has not written it down."""
+    """What decided the run; nothing for results that were put together without it."""
     rows = [(cell(name), cell(value)) for name, value in settings.items()]
     return ["## Settings", markdown_table(("setting", "value"), rows)] if rows else []
 
@@ -186,13 +186,3 @@ def _final_round(results: dict, key: str) -> str:
 
 def _count(value: int, noun: str) -> str:
     return f"{value} {noun}" if value == 1 else f"{value} {noun}s"
-
-
-def _write_then_replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, then rename: a reader or a crash never meets half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -88,6 +88,11 @@ def distillation_of(entry: dict, student: str) -> dict:
     return (entry.get("distillation") or {}).get(student) or {}
 
 
+def has_distillation(results: dict) -> bool:
+    """Whether any model has had a teacher in any round."""
+    return any(distillation_of(entry, student) for entry in results["rounds"] for student in ("llm", "crm"))
+
+
 def relative_gain(results: dict, key: str, metric: str) -> float | None:
     """`(distilled - control) / control` on test; `None` without a control or where the control has 0."""
     distilled = final_metric(results, key, metric)
@@ -122,14 +127,23 @@ def cautions(results: dict) -> list[str]:
     return found
 
 
+def protocol_entry(split: str, seen_items: str) -> dict:
+    """What the metrics were measured by: how the data were split, and the trainers' `seen_items`."""
+    seen = "masked" if seen_items == "mask" else "kept"
+    return {"split": split, "seen_items": seen, "ties": "pessimistic", "ranking": "full"}
+
+
 def protocol_line(results: dict) -> str:
     """The protocol in one sentence, to stand beside every number."""
-    protocol, items = results["protocol"], results["dataset"]["items"]
-    ranking = (
-        f"ranked against all {items:,} items" if protocol["ranking"] == "full" else f"{protocol['ranking']} ranking"
-    )
-    split = protocol["split"].replace("_", "-")
-    return f"{split} split, {ranking}, seen items {protocol['seen_items']}, ties {protocol['ties']}"
+    split = results["protocol"]["split"].replace("_", "-")
+    return f"{split} split, {ranking_line(results['protocol'], results['dataset']['items'])}"
+
+
+def ranking_line(protocol: dict, num_items: int) -> str:
+    """How items were ranked, in the words of every protocol."""
+    full = protocol["ranking"] == "full"
+    ranking = f"ranked against all {num_items:,} items" if full else f"{protocol['ranking']} ranking"
+    return f"{ranking}, seen items {protocol['seen_items']}, ties {protocol['ties']}"
 
 
 def number(value: float | None) -> str:

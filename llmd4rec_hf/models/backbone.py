@@ -11,7 +11,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, first_line
 from ..modes import evaluating
 from .dropout import use_cheap_masks
 from .llm_config import LLMRecommenderConfig
@@ -130,8 +130,8 @@ def ready_for_training(backbone: PreTrainedModel) -> PreTrainedModel:
 
 
 def _cannot_load(what: str, name, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0]
-    return f"Cannot load the {what} {str(name)!r}: give a folder or a Hub id of a transformers model ({first_line})"
+    reason = first_line(error)
+    return f"Cannot load the {what} {str(name)!r}: give a folder or a Hub id of a transformers model ({reason})"
 
 
 def plain_config(backbone: PreTrainedModel) -> dict:

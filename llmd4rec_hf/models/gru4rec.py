@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from .dropout import Dropout
 from .recommender import RecommenderModel, check_length
-from .sasrec import init_recommender_weights
+from .weights import init_recommender_weights
 
 
 class GRU4RecConfig(PreTrainedConfig):

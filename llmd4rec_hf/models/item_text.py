@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..distillation.low_rank import reduce_teacher
+from ..files import whole_file
 from ..modes import evaluating
 from .weights import hash_tensors
 
@@ -50,17 +51,14 @@ def encode_texts(
     Returns:
         `torch.Tensor` of shape `(N, width)`, float32, on the backbone's device.
     """
-    if cache_directory is None:
-        return _standardised(_read(backbone, tokenizer, texts))
-    path = Path(cache_directory, f"{_content_key(backbone, _tokens(tokenizer, texts))}.safetensors")
-    if path.is_file():
+    tokens = _tokens(tokenizer, texts)
+    path = None if cache_directory is None else Path(cache_directory, f"{_content_key(backbone, tokens)}.safetensors")
+    if path is not None and path.is_file():
         return load_file(path)["item_text_features"].to(backbone.device)
-    features = _standardised(_read(backbone, tokenizer, texts))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when whole: another process may look for it at the same time.
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({"item_text_features": features.cpu()}, partial)
-    os.replace(partial, path)
+    features = _standardised(_read(backbone, tokens))
+    if path is not None:
+        with whole_file(path) as partial:
+            save_file({"item_text_features": features.cpu()}, partial)
     return features
 
 
@@ -91,7 +89,7 @@ def encode_more_texts(
         `torch.Tensor` of shape `(M, width)`.
     """
     sample = min(_TITLES_PER_BATCH, len(known_texts))
-    states = _read(backbone, tokenizer, [*known_texts[:sample], *texts])
+    states = _read(backbone, _tokens(tokenizer, [*known_texts[:sample], *texts]))
     # In each dimension features lie on a line over states. A sample tells which one, without reading all texts again.
     known, features = states[:sample], known_features[:sample]
     centred = features - features.mean(dim=0)
@@ -115,9 +113,8 @@ def _content_key(backbone: PreTrainedModel, tokens: list[list[int]]) -> str:
     return digest.hexdigest()
 
 
-def _read(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
+def _read(backbone: PreTrainedModel, tokens: list[list[int]]) -> torch.Tensor:
     """The mean of the backbone's last states over each text's tokens, of shape `(N, width)`."""
-    tokens = _tokens(tokenizer, texts)
     # Texts of like length share a batch, so that little is padding.
     order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
     states = None

@@ -19,7 +19,7 @@ from .item_text import average_of_alike, encode_more_texts, encode_texts, princi
 from .llm_config import LLMRecommenderConfig
 from .prompt import DEFAULT_PROMPT, split_prompt
 from .recommender import RecommenderModel, check_length, hub_arguments, sequence_lengths
-from .weights import stored_weights
+from .weights import find_file, stored_weights
 
 
 BACKBONE_PREFIX = "backbone."
@@ -370,10 +370,7 @@ class LLMRecommender(RecommenderModel):
         """
         state_dict = self.portable_state(state_dict)
         if self.has_adapter:
-            own, adapter = {}, {}
-            for name, value in state_dict.items():
-                (adapter if name.startswith(BACKBONE_PREFIX) else own)[name.removeprefix(BACKBONE_PREFIX)] = value
-            state_dict = own
+            state_dict, adapter = _own_and_backbone(state_dict)
             if is_main_process:
                 base.save_adapter(self.backbone, adapter, save_directory)
         elif is_main_process:
@@ -392,12 +389,7 @@ class LLMRecommender(RecommenderModel):
         state_dict = super().portable_state(state_dict)
         if not self.has_adapter:
             return state_dict
-        backbone, own = {}, {}
-        for name, value in state_dict.items():
-            if name.startswith(BACKBONE_PREFIX):
-                backbone[name.removeprefix(BACKBONE_PREFIX)] = value
-            else:
-                own[name] = value
+        own, backbone = _own_and_backbone(state_dict)
         adapter = base.adapter_state(self.backbone, backbone)
         return own | {BACKBONE_PREFIX + name: value for name, value in adapter.items()}
 
@@ -444,9 +436,7 @@ class LLMRecommender(RecommenderModel):
         config = config or cls.config_class.from_pretrained(source, **hub_kwargs)
         if not config.backbone_config:
             raise ConfigurationError(f"{source} holds no LLM recommender: RecommenderModel loads any kind.")
-        adapter = cached_file(
-            source, base.ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
-        )
+        adapter = find_file(source, base.ADAPTER_CONFIG_NAME, **hub_kwargs)
         if adapter is None and quantization_config is not None:
             raise ConfigurationError(
                 f"{source} was saved with its whole backbone, without an adapter: it cannot be loaded in fewer bits."
@@ -470,7 +460,7 @@ class LLMRecommender(RecommenderModel):
             model.backbone = base.load_adapter(model.backbone, folder, is_trainable)
         model._load_own_weights(source, **hub_kwargs)
         model._load_vocabulary(source, **hub_kwargs)
-        if cached_file(source, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs):
+        if find_file(source, "tokenizer_config.json", **hub_kwargs):
             model.tokenizer = base.load_tokenizer(source, trust_remote_code=trust_remote_code, **hub_kwargs)
         return model.eval()
 
@@ -493,6 +483,12 @@ class LLMRecommender(RecommenderModel):
                 f"The weights in {source} do not fit this model: missing {missing[:3]}, unexpected "
                 f"{outcome.unexpected_keys[:3]}."
             )
+
+
+def _own_and_backbone(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A recommender's tensors: its own, and those of the backbone by the backbone's names for them."""
+    own = {name: value for name, value in state.items() if not name.startswith(BACKBONE_PREFIX)}
+    return own, {name.removeprefix(BACKBONE_PREFIX): value for name, value in state.items() if name not in own}
 
 
 def _root_mean_square(values: torch.Tensor) -> torch.Tensor:

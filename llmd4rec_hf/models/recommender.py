@@ -18,14 +18,14 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
-from transformers.utils import cached_file
 
 from ..data import ItemVocabulary
+from ..data.vocabulary import VOCABULARY_FILE
 from ..distillation.loss import distillation_loss
-from ..errors import ConfigurationError, DataError, UnknownItemsError
+from ..errors import ConfigurationError, DataError, UnknownItemsError, first_line
 from ..modes import evaluating
 from .recommendations import Recommendations
-from .weights import hash_tensors, stored_weights
+from .weights import find_file, hash_tensors, stored_weights
 
 
 _PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "tags")
@@ -65,7 +65,6 @@ class RecommenderModel(PreTrainedModel):
     base_model_prefix = "recommender"
     main_input_name = "item_ids"
     accepts_loss_kwargs = True
-    supports_gradient_checkpointing = False
 
     def __init__(self, config: PreTrainedConfig):
         _check_sizes(config)
@@ -376,7 +375,7 @@ class RecommenderModel(PreTrainedModel):
         return (model, info) if asked else model
 
     def _load_vocabulary(self, source, **hub_kwargs):
-        path = cached_file(str(source), "vocabulary.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        path = find_file(source, VOCABULARY_FILE, **hub_kwargs)
         if path is not None:
             self.vocabulary = ItemVocabulary.from_pretrained(os.path.dirname(path))
             self.check_vocabulary()
@@ -429,8 +428,7 @@ def _class_of(source: str | os.PathLike, **hub_kwargs) -> type[RecommenderModel]
 
 
 def _not_loaded(source: str | os.PathLike, error: Exception) -> ConfigurationError:
-    reason = str(error).strip().splitlines()[0]
-    return ConfigurationError(f"Cannot load a recommender from {str(source)!r}: {reason}")
+    return ConfigurationError(f"Cannot load a recommender from {str(source)!r}: {first_line(error)}")
 
 
 def _check_sizes(config: PreTrainedConfig) -> None:

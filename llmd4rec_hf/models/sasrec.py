@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from ..errors import ConfigurationError
 from .dropout import Dropout
 from .recommender import RecommenderModel, check_length
+from .weights import init_recommender_weights
 
 
 class SASRecConfig(PreTrainedConfig):
@@ -134,16 +135,3 @@ class SASRecLayer(nn.Module):
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
         """From `(B, T, d)` to `(B, heads, T, d / heads)`."""
         return states.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-
-
-def init_recommender_weights(module: nn.Module) -> None:
-    """Xavier initialisation of embeddings and linear maps; the padding row is zero."""
-    if isinstance(module, nn.Embedding):
-        nn.init.xavier_normal_(module.weight)
-        if module.padding_idx is not None:
-            with torch.no_grad():
-                module.weight[module.padding_idx].zero_()
-    elif isinstance(module, nn.Linear):
-        nn.init.xavier_normal_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of a model: those on disk, and what tells them from others."""
+"""Weights of a model: how they begin, where they are stored, and what tells them from others."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ import os
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 
+def find_file(source: str | os.PathLike, name: str, **hub_kwargs) -> str | None:
+    """The path of a file that a folder or a Hub repository may hold; `None` if it does not."""
+    return cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+
+
 def stored_weights(source: str | os.PathLike, **hub_kwargs) -> dict[str, torch.Tensor]:
     """All tensors that `save_pretrained` wrote, to a folder or the Hub, in one file or in shards."""
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    index = find_file(source, SAFE_WEIGHTS_INDEX_NAME, **hub_kwargs)
     if index is None:
         return load_file(cached_file(source, SAFE_WEIGHTS_NAME, **hub_kwargs))
     paths, _ = get_checkpoint_shard_files(source, index, **hub_kwargs)
@@ -29,3 +35,16 @@ def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def init_recommender_weights(module: nn.Module) -> None:
+    """Xavier initialisation of embeddings and linear maps; the padding row is zero."""
+    if isinstance(module, nn.Embedding):
+        nn.init.xavier_normal_(module.weight)
+        if module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()
+    elif isinstance(module, nn.Linear):
+        nn.init.xavier_normal_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -9,7 +9,11 @@ from .mutual_distill_trainer import MutualDistillTrainer
 from .trainer import DistillationTrainer
 
 
+# By the side of a run that they train.
+TRAINERS: dict[str, type[DistillationTrainer]] = {"llm": MutualDistillTrainer, "crm": CRMTrainer}
+
 __all__ = [
+    "TRAINERS",
     "CRMArguments",
     "CRMTrainer",
     "DistillationArguments",

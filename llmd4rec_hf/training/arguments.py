@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from transformers import SchedulerType, TrainingArguments
 
@@ -91,15 +91,10 @@ class DistillationSettings:
             raise ConfigurationError(
                 "max_positions_per_batch is for histories of like length: leave length_bucketing on."
             )
-        choices = {
-            "weighting": WEIGHTINGS,
-            "rank_base": (0, 1),
-            "loss_normalization": NORMALIZATIONS,
-            "seen_items": SEEN_ITEMS,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigurationError(f"{name} must be one of {tuple(allowed)}, got {getattr(self, name)!r}.")
+        for setting in fields(DistillationSettings):
+            choices, value = setting.metadata.get("choices"), getattr(self, setting.name)
+            if choices is not None and value not in choices:
+                raise ConfigurationError(f"{setting.name} must be one of {tuple(choices)}, got {value!r}.")
 
     @classmethod
     def of(cls, args: TrainingArguments) -> DistillationSettings:

@@ -18,7 +18,8 @@ from transformers import SchedulerType
 
 from .. import models
 from ..data import ItemVocabulary
-from ..evaluation.report import cell, markdown_table, number, protocol_line
+from ..evaluation.report import cell, markdown_table
+from ..evaluation.results import CONTROL_SUFFIX, number, protocol_entry, protocol_line, ranking_line
 from ..models.backbone import ADAPTER_CONFIG_NAME
 from .batching import HistoryTrainer
 
@@ -216,15 +217,14 @@ def trainer_card(
             f"KL weight {settings.kl_weight:g}, temperature {settings.temperature:g}, {settings.weighting} weighting"
         )
         training = "It learned from the data and from another recommender's scores (one direction of LLMD4Rec)."
-    seen = "masked" if settings.seen_items == "mask" else "kept"
+    protocol = protocol_entry("the last item of each row", settings.seen_items)
     return render_card(
         CardFacts(
             name=model_name or repository.split("/")[-1],
             repository=repository,
             config={**model.config.to_dict(), "architectures": [type(model).__name__]},
             training=training,
-            protocol=f"the last item of each row, ranked against all {model.config.num_items:,} items, "
-            f"seen items {seen}, ties pessimistic",
+            protocol=f"{protocol['split']}, {ranking_line(protocol, model.config.num_items)}",
             results={"validation": _logged_results(trainer)},
             vocabulary=model.vocabulary,
             adapter=_adapter_of(model),
@@ -267,7 +267,7 @@ def run_card(results: dict, folder: str | os.PathLike, side: str, repository: st
         metadata: further fields of the header: `license`, `language`, `tags`, `datasets`, ...
     """
     folder, final = Path(folder), results["final"]
-    control = final.get(f"{side}_without_distillation")
+    control = final.get(side + CONTROL_SUFFIX)
     columns = {"test": final[side]["test"], "validation": final[side]["validation"]}
     if control is not None:
         columns["test, without distillation"] = control["test"]

@@ -58,7 +58,7 @@ class TestCard:
         assert card["splits"]["train"] == {"rows": 3, "interactions": 6}
         # Training times 0 1 | 0 4 | 7 7; later than the targets at 3, 6 and 9: three, two and none of them.
         assert card["leakage"]["training_after_target"] == pytest.approx((3 + 2 + 0) / 3 / 6)
-        assert "another moment" in card["leakage"]["statement"]
+        assert "at a moment of its own" in card["leakage"]["statement"]
         json.dumps(card)
 
     def test_a_split_by_time_does_not_leak(self):

@@ -8,7 +8,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from llmd4rec_hf.data.formats import FORMATS, detect_format, format_names, infer_types
+from llmd4rec_hf.data.formats import FORMATS, detect_format, format_names
+from llmd4rec_hf.data.formats.base import infer_types
 from llmd4rec_hf.errors import DataError
 
 

@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 from rich.console import Console
 
-from llmd4rec_hf.evaluation import report
 from llmd4rec_hf.evaluation.figure import draw_report
 from llmd4rec_hf.evaluation.report import markdown_report, relative_gain, summary_table, write_report
 from llmd4rec_hf.evaluation.results import cautions
@@ -277,7 +277,7 @@ class TestWriteReport:
         def fail(*args):
             raise OSError("disk full")
 
-        monkeypatch.setattr(report.os, "replace", fail)
+        monkeypatch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="disk full"):
             write_report(results(rounds=1), tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["report.md", "report.png"]

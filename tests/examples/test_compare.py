@@ -92,4 +92,4 @@ def test_errors_are_one_line(main, make_run, tmp_path, fails):
     (tmp_path / "old.json").write_text(
         '{"final": {}, "dataset": {"name": "x", "items": 1}, "protocol": {}, "seed": 0}'
     )
-    fails(main, [str(tmp_path / "old.json")], "is not what a run writes (KeyError: 'ranking')")
+    fails(main, [str(tmp_path / "old.json")], "is not what a run writes (KeyError: 'split')")

@@ -121,10 +121,14 @@ def test_a_place_for_the_output_that_is_not_there(main, option, capsys):
     assert f"argument {option}: '.' is a folder" in capsys.readouterr().err
 
 
-def test_batches_of_no_history(main, capsys):
+@pytest.mark.parametrize(
+    ("option", "value", "wrong"),
+    [("--batch_size", "0", "0"), ("--ks", "5;10", "5;10"), ("--ks", "5,0", "0"), ("--ks", "", "")],
+)
+def test_numbers_that_are_none(main, capsys, option, value, wrong):
     with pytest.raises(SystemExit):
-        main(["--model", "any", "--batch_size", "0"])
-    assert "argument --batch_size: '0' is no whole number of at least 1" in capsys.readouterr().err
+        main(["--model", "any", option, value])
+    assert f"argument {option}: {wrong!r} is not a whole number, 1 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -132,8 +136,6 @@ def test_batches_of_no_history(main, capsys):
     [
         (["--model", "nowhere-at-all"], "Cannot load a recommender from 'nowhere-at-all'"),
         (["--model", "{crm}", "--dataset", "nowhere.csv"], "nowhere.csv: no such file"),
-        (["--model", "not read before", "--ks", "5;10"], "parted by commas"),
-        (["--model", "not read before", "--ks", "0"], "at least 1"),
     ],
 )
 def test_errors_are_one_line(main, saved_crm, log_file, fails, words, message):

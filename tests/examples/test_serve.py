@@ -173,7 +173,7 @@ def test_export_to_torch_and_bad_input(model, load_script, make_llm, vocabulary,
 @pytest.mark.parametrize(
     ("name", "words", "message"),
     [
-        ("export_onnx", ["--output_dir", "x", "--model", "x", "--check", "-1"], "'-1' is no whole number"),
+        ("export_onnx", ["--output_dir", "x", "--model", "x", "--check", "-1"], "'-1' is not a whole number"),
         ("serve", ["--folder", "x", "--port", "65536"], "'65536' is no port"),
         ("serve", ["--folder", "x", "--port", "http"], "'http' is no port"),
     ],

@@ -103,6 +103,8 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     (tmp_path / "bad.yaml").write_text("- 1\n- 2\n")
     (tmp_path / "on.yaml").write_text("on: 1\n")
     (tmp_path / "latin.yaml").write_bytes("prompt: café {history}\n".encode("latin-1"))
+    (tmp_path / "bert").mkdir(exist_ok=True)
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     good = ["--dataset", str(tmp_path / "good.csv")]
     prepare(tmp_path / "good.csv", output_dir=tmp_path / "prepared", with_floors=False)
     return {
@@ -112,10 +114,11 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "no user with three items": (["--dataset", str(tmp_path / "short.csv")], "3"),
         "options of prepared data": (
             ["--dataset", str(tmp_path / "prepared"), "--k_core", "3"],
-            "nothing would come of --k_core: leave out",
+            "so --k_core would have no effect: leave them out",
         ),
         "unknown LLM": ([*good, "--llm", str(tmp_path / "no-model")], "no-model"),
         "unknown CRM": ([*good, "--crm", str(tmp_path / "no-model")], "no-model"),
+        "a CRM that is none": ([*good, "--crm", str(tmp_path / "bert")], "'bert', which is no recommender"),
         "item text without titles": ([*good, "--item_text"], "--items"),
         "bad temperature": ([*good, "--llm_temperature", "0"], "temperature must be positive"),
         "prompt without history": ([*good, "--prompt", "hello"], "{history}"),
@@ -160,7 +163,7 @@ def test_options_that_a_folder_was_prepared_with_may_be_given_again(script, tmp_
     prepare(tmp_path / "log.csv", output_dir=tmp_path / "data", with_floors=False, k_user=3, k_item=3)
     words = ["--dataset", str(tmp_path / "data"), "--output_dir", "x", "--use_cpu", "--k_core"]
     assert len(script.load_data(script.parse([*words, "3"])[0]).vocabulary) == 9
-    with pytest.raises(ConfigurationError, match="nothing would come of --k_core"):
+    with pytest.raises(ConfigurationError, match="--k_core would have no effect"):
         script.load_data(script.parse([*words, "2"])[0])
 
 

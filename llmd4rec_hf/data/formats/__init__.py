@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import ConfigurationError, DataError
-from .base import Format, find_one, first_line, infer_types, refuse_unreadable
+from .base import Format, find_one, refuse_unreadable
 from .jsons import AmazonFormat, JSONArrayFormat, JSONLinesFormat, PythonLinesFormat, SteamFormat, YelpFormat
 from .llm import (
     AttributesFormat,
@@ -42,9 +42,7 @@ __all__ = [
     "FolderFormat",
     "Format",
     "detect_format",
-    "first_line",
     "format_names",
-    "infer_types",
 ]
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from ...errors import DataError
+from ...errors import DataError, first_line
 
 
 logger = logging.getLogger(__name__)
@@ -266,8 +266,3 @@ def read_delimited(
             if "UTF8" not in str(error) or encoding == "latin-1":
                 raise DataError(f"{path}: {first_line(error)}; mend that row") from error
     raise AssertionError("Latin-1 decodes everything")
-
-
-def first_line(error: Exception) -> str:
-    """An error of a library cut to one line."""
-    return str(error).strip().split("\n")[0]

@@ -16,9 +16,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.json
 
-from ...errors import DataError
+from ...errors import DataError, first_line
 from ..arrow import from_pandas
-from .base import Format, decoded, first_line, head, open_binary, text_head, text_lines
+from .base import Format, decoded, head, open_binary, text_head, text_lines
 
 
 # Some catalogues have lines of a hundred kilobytes; the fields of the first records are taken from this much.

@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 
-from ...errors import DataError
-from .base import Format, first_line, first_text_line, head, infer_types, read_delimited
+from ...errors import DataError, first_line
+from .base import Format, first_text_line, head, infer_types, read_delimited
 
 
 logger = logging.getLogger(__name__)

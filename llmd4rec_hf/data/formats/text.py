@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from ...errors import DataError
 from .base import Format, head_lines, infer_types, read_lines, refuse_unreadable
+from .llm import AttributesFormat
 
 
 class S3RecFormat(Format):
@@ -39,8 +40,6 @@ class S3RecFormat(Format):
         if attributes is None:
             raise DataError(f"{path}: no NAME.txt with its NAME_item2attributes.json; name the log itself")
         if part == "items":
-            from .llm import AttributesFormat
-
             return AttributesFormat(), attributes
         return self, attributes.with_name(attributes.name.replace("_item2attributes.json", ".txt"))
 
