@@ -31,6 +31,7 @@ from llmd4rec_hf import (
     split_leave_one_out,
 )
 from llmd4rec_hf.data import load_items, make_demo
+from llmd4rec_hf.data.formats import FORMATS
 from llmd4rec_hf.models import build_tiny_llm
 from llmd4rec_hf.training.arguments import DistillationArguments
 
@@ -96,6 +97,8 @@ def reader(world, monkeypatch, tmp_path):
 
     monkeypatch.setattr(DistillationArguments, "__post_init__", one_epoch)
     monkeypatch.setattr(MutualDistillationConfig, "__post_init__", one_round)
+    # Pages that add to it leave it as it was.
+    monkeypatch.setattr("llmd4rec_hf.data.formats.FORMATS", list(FORMATS))
     shutil.copytree(world, tmp_path / "world")
     monkeypatch.chdir(tmp_path / "world")
 

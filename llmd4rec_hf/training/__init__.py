@@ -13,7 +13,6 @@ from .trainer import DistillationTrainer
 TRAINERS: dict[str, type[DistillationTrainer]] = {"llm": MutualDistillTrainer, "crm": CRMTrainer}
 
 __all__ = [
-    "TRAINERS",
     "CRMArguments",
     "CRMTrainer",
     "DistillationArguments",
