@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's mode for a while."""
+"""Evaluation mode for the length of a `with` block."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Phase:
 
     @classmethod
     def of(cls, side: str, round_number: int, arm: str) -> Phase:
-        """The phase by which an arm has its model of a round: both arms begin with the same warm-up."""
+        """The phase that made an arm's model of a round; in round 0 both arms share the warm-up."""
         return cls(side, round_number, arm if round_number else DISTILLED)
 
     @property

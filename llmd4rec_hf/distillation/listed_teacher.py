@@ -22,13 +22,12 @@ from .stored_teacher import StoredTeacher, position_counts
 # By how much the probabilities of a list may add up to more than 1, as half precision makes them.
 _SURPLUS = 1e-3
 _ROWS_AT_A_TIME = 1024
-_LIST_SIZE, _MAX_LENGTH = 100, 50
 
 
 class ListedTeacherCache(StoredTeacher):
     """
-    The best items of a black box at every input position of a training set, memory-mapped: a teacher of which neither
-    hidden states nor an item matrix are to be had.
+    A black box's top-k items with log-probabilities at every input position of a training set, memory-mapped: for a
+    teacher that shows neither hidden states nor an item matrix.
 
     It takes the place of a [`TeacherCache`] as the trainers' `teacher`. What the lists leave of the probability is
     spread over all other items, see [`ListedScores`]. A position takes `list_size` times 8 bytes on disk, 6 for
@@ -78,8 +77,8 @@ class ListedTeacherCache(StoredTeacher):
         name: str,
         vocabulary: ItemVocabulary | None = None,
         num_items: int | None = None,
-        list_size: int = _LIST_SIZE,
-        max_length: int = _MAX_LENGTH,
+        list_size: int = 100,
+        max_length: int = 50,
         batch_size: int = 128,
     ) -> ListedTeacherCache:
         """
@@ -131,18 +130,37 @@ class ListedTeacherCache(StoredTeacher):
 
     @classmethod
     def for_teacher(
-        cls, teacher: Callable, dataset: Dataset, directory: str | os.PathLike, *, name: str, **build_arguments
+        cls,
+        teacher: Callable[[list[list]], tuple[Sequence, Sequence]],
+        dataset: Dataset,
+        directory: str | os.PathLike,
+        *,
+        name: str,
+        vocabulary: ItemVocabulary | None = None,
+        num_items: int | None = None,
+        list_size: int = 100,
+        max_length: int = 50,
+        batch_size: int = 128,
     ) -> ListedTeacherCache:
         """
-        The cache in `directory` if it is whole and of this very name and data, else one built anew.
+        The cache in `directory` if it is whole and of this very name, data and sizes, else one built anew.
 
         Args:
-            teacher, dataset, directory, name, build_arguments: as in [`~ListedTeacherCache.build`].
+            teacher, dataset, directory, name, vocabulary, num_items, list_size, max_length, batch_size: as in
+                [`~ListedTeacherCache.build`].
         """
-        sizes = {key: build_arguments[key] for key in ("list_size", "max_length") if key in build_arguments}
-        asked = _facts(build_arguments.get("vocabulary"), build_arguments.get("num_items"), **sizes)
-        found = cls._find(directory, dataset, name, asked)
-        return found or cls.build(teacher, dataset, directory, name=name, **build_arguments)
+        found = cls._find(directory, dataset, name, _facts(vocabulary, num_items, list_size, max_length))
+        return found or cls.build(
+            teacher,
+            dataset,
+            directory,
+            name=name,
+            vocabulary=vocabulary,
+            num_items=num_items,
+            list_size=list_size,
+            max_length=max_length,
+            batch_size=batch_size,
+        )
 
     @staticmethod
     def _row_type(facts: dict) -> np.dtype:
@@ -159,12 +177,7 @@ class ListedTeacherCache(StoredTeacher):
         return ListedScores(torch.from_numpy(ids).to(device), torch.from_numpy(log_probs).to(device))
 
 
-def _facts(
-    vocabulary: ItemVocabulary | None,
-    num_items: int | None,
-    list_size: int = _LIST_SIZE,
-    max_length: int = _MAX_LENGTH,
-) -> dict:
+def _facts(vocabulary: ItemVocabulary | None, num_items: int | None, list_size: int, max_length: int) -> dict:
     """What a cache's manifest says of its sizes."""
     if (vocabulary is None) == (num_items is None):
         raise ConfigurationError("Give either a vocabulary or num_items: they say which ids the teacher knows.")

@@ -231,7 +231,7 @@ def check_options(temperature: float, weighting: str, rank_base: int, chunk_size
 
 
 def check_labels(labels: torch.Tensor, num_items: int, or_else: str = "") -> None:
-    """Raise for labels that are no items, and say what they may be beside them."""
+    """Raise for labels outside of 1..N; `or_else` names what else is allowed."""
     if labels.numel() and not (1 <= int(labels.min()) and int(labels.max()) <= num_items):
         raise ConfigurationError(
             f"labels must be in 1..{num_items}{or_else}, got {int(labels.min())}..{int(labels.max())}."

@@ -29,7 +29,8 @@ from ..processes import on_every_process, on_main_process
 logger = logging.get_logger(__name__)
 
 OFFSETS_NAME = "offsets.npy"
-# Beyond it, and a thousand times the number of rows, row ids are taken for other things than numbers of rows.
+# Row ids beyond it, and beyond a thousand times the number of rows, are refused: they are hashes, or ids of users, and
+# the offsets have a place for every id.
 _LARGEST_ROW_ID = 10**6
 # All that a folder may hold which a new cache takes the place of.
 _CACHE_FILES = re.compile(r"(manifest|vocabulary)\.json|offsets\.npy|item_matrix\.safetensors|\w+-\d+-of-\d+\.npy")

@@ -2,10 +2,10 @@
 """
 The walk over the positions that a loss over all items is made of: chunks of scores, and what becomes of them.
 
-On a CPU half of the time goes into matrix products, and most of the rest into reading and writing scores. So these
-are gone through as seldom as can be: products come out as exponents to the base 2, no row is shifted where float32
-holds it as it is, none is normalised (what its gradient is multiplied with is divided instead), and buffers are
-written over as soon as they are not needed any more.
+On a CPU half of the time is matrix products, and most of the rest is memory traffic over the scores, so they are read
+and written as rarely as possible: scores are kept as exponents to the base 2, rows are shifted only if float32 would
+overflow, rows are never normalised (what their gradient is multiplied with is divided instead), and buffers are reused
+in place.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class LossSettings:
 
     @property
     def kl_factor(self) -> float:
-        """Of a weighted difference of both softened distributions in the gradient for the student's scores."""
+        """The factor of `w (q - p)` in the gradient for the student's scores."""
         return self.kl_weight * self.kl_scale / self.temperature
 
     @property
@@ -197,9 +197,9 @@ class Walk:
 
     def _add_kl(self, part, student, teacher, buffer):
         """
-        What a slice's KL, weights and agreement are made of, given both models' exponents. Returns the numerators of
-        the student's plain softmax, and factors of shape `(rows, 1)` that make of what `buffer` then holds, but for
-        `kl_factor`, KL's gradient for the student's scores.
+        Put down the sums that a slice's KL, weights and agreement are made of, given both models' exponents. Returns
+        the numerators of the student's plain softmax, and `factors` of shape `(rows, 1)`: the gradient of KL for the
+        student's scores is `kl_factor * factors * buffer`.
         """
         temperature, settings = self.settings.temperature, self.settings
         teacher_softened = torch.exp2(teacher, out=buffer)

@@ -163,7 +163,7 @@ def _count_ranks(scores: torch.Tensor, target: torch.Tensor, ties: str, buffer: 
         ranks = count_at_least(scores, target, buffer)
     else:
         greater = _count(torch.gt(scores, target, out=buffer))
-        # The mean rank of a tie goes up, and the best one is that of an item which nothing ties with.
+        # "mean": half of the other items that tie count, rounded up; "optimistic": none of them.
         others = count_at_least(scores, target, buffer) - greater - 1 if ties != "optimistic" else 0
         ranks = 1 + greater + (others + 1) // 2
     return ranks.squeeze(1).long()

@@ -449,7 +449,7 @@ def _best(scores: torch.Tensor, k: int) -> Iterator[tuple[list[int], list[float]
 
 
 def _id_list(values, name: str) -> list:
-    """A list of what holds several things; a text would pass for a list of its letters."""
+    """`list(values)`, but not of a text, which would become a list of its letters."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise DataError(f"{name} must be a list, got {values!r}: one item is a list of one, ['B00001'].")
     return list(values)

@@ -61,6 +61,7 @@ class HistoryTrainer(Trainer):
         # Before `Trainer`'s own constructor, which may call `model_init`.
         self.settings = self.settings_class.of(args)
         self._batch_sampler: PositionBudgetBatchSampler | None = None
+        self._means_by_data: dict[tuple[int, int], float] = {}
         self._collates_by_model = kwargs.get("data_collator") is None
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self._fit_collator(self.model)
@@ -191,12 +192,11 @@ class HistoryTrainer(Trainer):
     @property
     def _mean_positions(self) -> float:
         """Supervised positions per training row."""
-        max_length = self._max_positions
-        if self.__dict__.get("_mean_positions_of") != (id(self.train_dataset), max_length):
-            positions = column_array(self.train_dataset, "length") - 1
-            self._mean_positions_value = float(np.minimum(positions, max_length).mean())
-            self._mean_positions_of = (id(self.train_dataset), max_length)
-        return self._mean_positions_value
+        key = id(self.train_dataset), self._max_positions
+        if key not in self._means_by_data:
+            positions = np.minimum(column_array(self.train_dataset, "length") - 1, self._max_positions)
+            self._means_by_data = {key: float(positions.mean())}
+        return self._means_by_data[key]
 
     # --- evaluation ----------------------------------------------------------------------------------------------
 

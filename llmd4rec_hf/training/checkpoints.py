@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of which one knows whether they are whole."""
+"""Checkpoints that can be verified: which to resume from, and which to delete."""
 
 from __future__ import annotations
 
