@@ -34,7 +34,7 @@ OFFSETS_NAME = "offsets.npy"
 _LARGEST_ROW_ID = 10**6
 # All that a folder may hold which a new cache takes the place of.
 _CACHE_FILES = re.compile(r"(manifest|vocabulary)\.json|offsets\.npy|item_matrix\.safetensors|\w+-\d+-of-\d+\.npy")
-_FACTS = {"num_items", "max_length", "positions", "data_hash", "teacher_hash", "shards", "files"}
+_FACTS = {"holds", "num_items", "max_length", "positions", "data_hash", "teacher_hash", "shards", "files"}
 
 
 class StoredTeacher(ABC):
@@ -170,7 +170,7 @@ class StoredTeacher(ABC):
             raise CacheError(f"There is no teacher cache in {self.directory}: {remedy}.")
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            version, holds = manifest["format_version"], manifest["holds"]
+            version, holds = manifest["format_version"], manifest.get("holds", self.holds)
         except (ValueError, KeyError, TypeError) as error:
             raise CacheError(f"{path} is damaged ({error}): {remedy} again.") from error
         if holds != self.holds:

@@ -132,13 +132,14 @@ def test_half_precision_inputs(dtype):
     options = {"temperature": 2.0, "chunk_size": 4}
     (actual, grads), (expected, expected_grads) = chunked(given, dtype=dtype, **options), chunked(given, **options)
     assert actual.loss.dtype == torch.float32
-    assert torch.equal(actual.loss, expected.loss)
+    # Not bit for bit: on some processors the last bit of a product depends on where its operands lie in memory.
+    torch.testing.assert_close(actual.loss, expected.loss)
     assert torch.equal(actual.student_ranks, expected.student_ranks)
+    half_a_unit = 0.501 * torch.finfo(dtype).eps
     for grad, value in zip(grads, expected_grads, strict=True):
-        assert torch.equal(grad, value.to(dtype))
-    # And so within half a unit in the last place of what is right.
+        torch.testing.assert_close(grad.float(), value, rtol=half_a_unit, atol=1e-7)
     for grad, value in zip(grads, dense(given, temperature=2.0).grads, strict=True):
-        torch.testing.assert_close(grad.double(), value, rtol=torch.finfo(dtype).eps, atol=1e-6)
+        torch.testing.assert_close(grad.double(), value, rtol=half_a_unit, atol=1e-6)
 
 
 def test_mixed_precisions():

@@ -172,7 +172,7 @@ def test_further_texts_are_standardised_as_the_known_ones(monkeypatch, backbone,
     monkeypatch.setattr(item_text, "_TITLES_PER_BATCH", sample)
     texts = ["a red duck", titles[7], "garden boots"]
     more = encode_more_texts(backbone, tokenizer, texts, titles, encode_texts(backbone, tokenizer, titles))
-    known, new = (item_text._read(backbone, tokenizer, part) for part in (titles, texts))
+    known, new = (item_text._read(backbone, item_text._tokens(tokenizer, part)) for part in (titles, texts))
     expected = (new - known.mean(dim=0)) / known.std(dim=0, correction=0)
     torch.testing.assert_close(more, expected, rtol=1e-2, atol=1e-2)
     assert not more.requires_grad
