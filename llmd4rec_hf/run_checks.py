@@ -5,15 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .data import ItemVocabulary
+from .data.arrow import column_array
 from .data.sequences import item_id_range
 from .errors import ConfigurationError
 from .evaluation import ranking_metrics
-from .models import RecommenderModel
+from .models import LLMRecommender, RecommenderModel
 from .training import TRAINERS, DistillationArguments
+from .training.arguments import refuse_what_has_no_effect
 
 
 # What each split is for, for messages.
@@ -52,6 +54,7 @@ def check_run(
         raise ConfigurationError("llm_args and crm_args must agree on seen_items, or their metrics do not compare.")
     _check_models(models, vocabulary)
     _check_sequences(sequences, vocabulary)
+    _check_lengths(models, args, sequences["train"])
 
 
 def _check_arguments(side: str, args: DistillationArguments) -> None:
@@ -63,6 +66,9 @@ def _check_arguments(side: str, args: DistillationArguments) -> None:
     for name, least in bounds.items():
         if getattr(args, name) < least:
             raise ConfigurationError(f"{side}_args: {name} must be at least {least}, got {getattr(args, name)}.")
+    for name in ("save_only_model", "ignore_data_skip"):
+        if getattr(args, name):
+            raise ConfigurationError(f"{side}_args: with {name} a run that was stopped would end with other results.")
     if args.prediction_loss_only:
         raise ConfigurationError(f"{side}_args: a run chooses by ranks, which prediction_loss_only leaves out.")
     metrics = ("loss", *ranking_metrics([1]))
@@ -72,6 +78,10 @@ def _check_arguments(side: str, args: DistillationArguments) -> None:
             f"{side}_args: metric_for_best_model must be one of {', '.join(metrics)}, got {best!r}."
         )
     try:
+        refuse_what_has_no_effect(args)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{side}_args: {error}") from error
+    try:
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
@@ -79,6 +89,9 @@ def _check_arguments(side: str, args: DistillationArguments) -> None:
 
 
 def _check_models(models: dict[str, RecommenderModel], vocabulary: ItemVocabulary) -> None:
+    for side, kind in {"llm": LLMRecommender, "crm": RecommenderModel}.items():
+        if not isinstance(models[side], kind):
+            raise ConfigurationError(f"{side} must be of the kind {kind.__name__}, got {type(models[side]).__name__}.")
     for side, model in models.items():
         if model.config.num_items != len(vocabulary):
             raise ConfigurationError(
@@ -116,4 +129,22 @@ def _check_sequences(sequences: DatasetDict, vocabulary: ItemVocabulary) -> None
             raise ConfigurationError(
                 f"The {name} sequences hold the item id {low if low < 1 else high}, outside of the vocabulary's "
                 f"1..{len(vocabulary)}: split the log with this vocabulary."
+            )
+
+
+def _check_lengths(models, args, train: Dataset) -> None:
+    longest = int(column_array(train, "length").max()) - 1
+    reads = {side: min(longest, model.config.max_length) for side, model in models.items()}
+    if reads["llm"] != reads["crm"]:
+        lengths = " and ".join(f"the {side.upper()} {model.config.max_length}" for side, model in models.items())
+        raise ConfigurationError(
+            f"Each model teaches the other at all positions that it reads, and of histories of up to {longest} items "
+            f"{lengths} are read: build both with the same max_length."
+        )
+    for side, positions in reads.items():
+        budget = args[side].max_positions_per_batch
+        if budget is not None and positions > budget:
+            raise ConfigurationError(
+                f"{side}_args: max_positions_per_batch={budget}, but the longest history takes {positions} positions: "
+                f"raise it to {positions} or more."
             )

@@ -20,6 +20,7 @@ from .files import file_facts, find_damage, is_altered, write_json
 from .models import RecommenderModel
 from .processes import on_main_process
 from .training import DistillationArguments
+from .training.batching import batches_per_step
 
 
 logger = logging.get_logger(__name__)
@@ -35,6 +36,8 @@ _LOCK_SECONDS = 3
 _NOT_IDENTITY = {
     *("output_dir", "logging_dir", "disable_tqdm", "report_to", "log_level", "run_name", "project"),
     *("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push"),
+    # What one changes after a run died of too little memory or disk, and when it logs.
+    *("per_device_eval_batch_size", "eval_accumulation_steps", "loss_chunk_size", "save_total_limit", "logging_steps"),
     # Words about the data; the sequences themselves are compared by their hashes.
     *("dataset_name", "dataset_facts"),
     # Their product with the number of processes counts: rows_per_step, or batches_per_step under a budget.
@@ -145,7 +148,7 @@ def run_identity(
     for side, its_args in args.items():
         settings = json.loads(its_args.to_json_string())
         identity |= {f"{side}_args.{k}": v for k, v in settings.items() if k not in _NOT_IDENTITY}
-        batches = its_args.world_size * its_args.gradient_accumulation_steps
+        batches = batches_per_step(its_args)
         if its_args.max_positions_per_batch is None:
             identity[f"{side}_args.rows_per_step"] = its_args.train_batch_size * batches
         else:

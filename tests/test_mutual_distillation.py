@@ -384,6 +384,23 @@ def test_a_damaged_state_is_named(make_run):
         run.run()
 
 
+def test_models_that_do_not_go_together_are_named(make_crm, make_llm, splits, vocabulary, tmp_path):
+    config = MutualDistillationConfig(str(tmp_path))
+    with pytest.raises(ConfigurationError, match="of up to 6 items the LLM 6 and the CRM 4 are read: build both with"):
+        MutualDistillation(make_llm(), make_crm(max_length=4), splits, vocabulary, config)
+    # Beyond the longest history it makes no difference.
+    MutualDistillation(make_llm(), make_crm(max_length=9), splits, vocabulary, config)
+    with pytest.raises(ConfigurationError, match="llm must be of the kind LLMRecommender, got SASRecModel"):
+        MutualDistillation(make_crm(), make_crm(), splits, vocabulary, config)
+
+
+def test_a_run_goes_on_with_what_a_full_disk_or_memory_asks_for(make_run):
+    make_run("again", rounds=1, controls=False).run()
+    changed = {"per_device_eval_batch_size": 3, "save_total_limit": 2, "loss_chunk_size": 5, "logging_steps": 7}
+    results = make_run("again", rounds=1, controls=False, crm_args=changed, llm_args=changed).run()
+    assert results["final"]["crm"]["test"]
+
+
 def test_bad_arguments_are_named(make_run, tmp_path):
     with pytest.raises(ConfigurationError, match="rounds must be at least 1"):
         MutualDistillationConfig(str(tmp_path), rounds=0)
@@ -397,8 +414,16 @@ def test_bad_arguments_are_named(make_run, tmp_path):
         MutualDistillationConfig(str(tmp_path), crm_teachers="crm")
     with pytest.raises(ConfigurationError, match="scores 12 items and the vocabulary holds 2"):
         make_run("x", items=ItemVocabulary(["a", "b"]))
-    with pytest.raises(ConfigurationError, match="crm_args: a run chooses by ranks"):
-        make_run("x", crm_args={"prediction_loss_only": True})
+    for settings, message in (
+        ({"prediction_loss_only": True}, "a run chooses by ranks"),
+        ({"save_only_model": True}, "with save_only_model a run that was stopped would end with other results"),
+        ({"ignore_data_skip": True}, "with ignore_data_skip a run that was stopped would end with other results"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no meaning here"),
+        ({"max_positions_per_batch": 3}, "max_positions_per_batch=3, but the longest history takes 6 positions"),
+    ):
+        for side in ("crm", "llm"):
+            with pytest.raises(ConfigurationError, match=f"{side}_args: {message}"):
+                make_run("x", **{f"{side}_args": settings})
     with pytest.raises(ConfigurationError, match="agree on seen_items"):
         make_run("x", llm_args={"seen_items": "keep"})
 

@@ -146,10 +146,15 @@ def hidden_width(backbone: PreTrainedModel) -> int:
     return backbone.config.get_text_config().hidden_size
 
 
+def _vocabulary_size(backbone: PreTrainedModel) -> int:
+    """Number of tokens. Not of the embedding, in whose place an adapter may have put something else."""
+    return backbone.config.get_text_config().vocab_size
+
+
 def embedding_scale(backbone: PreTrainedModel) -> float:
     """Root mean square of the token embeddings as the first layer sees them, which is not always as they are kept."""
     embedding = backbone.get_input_embeddings()
-    tokens = torch.arange(min(1024, embedding.num_embeddings), device=embedding.weight.device)
+    tokens = torch.arange(min(1024, _vocabulary_size(backbone)), device=backbone.device)
     with torch.no_grad():
         return embedding(tokens).float().square().mean().sqrt().item()
 
@@ -170,7 +175,7 @@ def check_bare(backbone) -> None:
 @torch.no_grad()
 def check_causal(backbone: PreTrainedModel) -> None:
     """Raise unless early states are blind to later tokens: else training would read the answers."""
-    vocabulary_size = backbone.get_input_embeddings().num_embeddings
+    vocabulary_size = _vocabulary_size(backbone)
     tokens = torch.arange(1, 6, device=backbone.device).remainder(vocabulary_size)[None]
     changed = tokens.clone()
     changed[0, -1] = (changed[0, -1] + 1) % vocabulary_size
@@ -219,6 +224,12 @@ def add_adapter(backbone: PreTrainedModel, peft_config):
             "of the layers, e.g. LoraConfig()."
         )
     peft_config = copy.copy(peft_config)  # PEFT writes into it what it found in this backbone
+    peft_config.task_type = None  # that of a model with a head, which PEFT would look for
+    if str(getattr(peft_config, "init_lora_weights", "")).startswith("pissa_niter"):
+        raise ConfigurationError(
+            f"init_lora_weights={peft_config.init_lora_weights!r} changes the base weights at random, which are not "
+            "saved: give 'pissa', which changes them in the same way each time."
+        )
     if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
         peft_config.target_modules = "all-linear"
     try:

@@ -361,6 +361,10 @@ class LLMRecommender(RecommenderModel):
     def _read(self, states: torch.Tensor) -> torch.Tensor:
         return self.dropout(states.to(self.item_head.weight.dtype))
 
+    def add_adapter(self, *args, **kwargs) -> None:
+        """Refused: transformers would freeze head and projections, and save the adapter alone."""
+        raise ConfigurationError("An adapter goes into the backbone: LLMRecommender.from_backbone(peft_config=...).")
+
     # --- files ---------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):

@@ -408,8 +408,20 @@ class RecommenderModel(PreTrainedModel):
         return {}
 
     def load_weights(self, directory: str | os.PathLike) -> None:
-        """Bring the weights of a folder that [`~PreTrainedModel.save_pretrained`] wrote into this model, in place."""
-        self.load_state_dict(stored_weights(directory))
+        """
+        Bring the weights of a folder that [`~PreTrainedModel.save_pretrained`] wrote into this model, in place.
+
+        Raises:
+            ConfigurationError: torn weights, or those of another model.
+        """
+        try:
+            weights = stored_weights(directory)
+            for tied, source in self.all_tied_weights_keys.items():  # of which only one is stored
+                if tied not in weights and source in weights:
+                    weights[tied] = weights[source]
+            self.load_state_dict(weights)
+        except (RuntimeError, SafetensorError) as error:
+            raise ConfigurationError(f"The weights in {directory} do not fit this model: {error}") from error
 
 
 def _class_of(source: str | os.PathLike, **hub_kwargs) -> type[RecommenderModel]:
@@ -433,6 +445,9 @@ def _not_loaded(source: str | os.PathLike, error: Exception) -> ConfigurationErr
 
 def _check_sizes(config: PreTrainedConfig) -> None:
     """Raise for a configuration that no model can be built by."""
+    for name in ("num_items", "max_length"):
+        if not hasattr(config, name):
+            raise ConfigurationError(f"{type(config).__name__} has no {name}, which every recommender needs.")
     for name in ("num_items", "hidden_size", "item_dim", "max_length"):
         if (size := getattr(config, name, 1)) < 1:
             raise ConfigurationError(f"{name} must be at least 1, got {size}.")

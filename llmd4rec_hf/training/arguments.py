@@ -112,6 +112,27 @@ class DistillationSettings:
         return cls(loss_normalization="batch", length_bucketing=False)
 
 
+def refuse_what_has_no_effect(args: TrainingArguments, **passed) -> None:
+    """
+    Args:
+        args ([`~transformers.TrainingArguments`]): a trainer's.
+        passed: what else `Trainer` takes, `compute_loss_func` and `preprocess_logits_for_metrics`.
+
+    Raises:
+        ConfigurationError: something that `Trainer` would follow, and these trainers have no use for.
+    """
+    own_loss = "the loss is this trainer's own, in compute_loss"
+    for name, is_set, reason in (
+        ("label_smoothing_factor", args.label_smoothing_factor, own_loss),
+        ("compute_loss_func", passed.get("compute_loss_func"), own_loss),
+        ("neftune_noise_alpha", args.neftune_noise_alpha, "histories do not enter by the token embeddings"),
+        ("eval_do_concat_batches=False", not args.eval_do_concat_batches, "ranks are one array"),
+        ("preprocess_logits_for_metrics", passed.get("preprocess_logits_for_metrics"), "metrics are made of ranks"),
+    ):
+        if is_set:
+            raise ConfigurationError(f"{name} has no meaning here, since {reason}. Leave it out.")
+
+
 @dataclass
 class DistillationArguments(DistillationSettings, TrainingArguments):
     """

@@ -70,7 +70,10 @@ class HistoryTrainer(Trainer):
 
     def _check_student(self, model) -> None:
         if not isinstance(model, RecommenderModel):
-            raise ConfigurationError(f"{type(self).__name__} trains a RecommenderModel, got {type(model).__name__}.")
+            remedy = ": give its adapter to LLMRecommender.from_backbone" if hasattr(model, "peft_config") else ""
+            raise ConfigurationError(
+                f"{type(self).__name__} trains a RecommenderModel, got {type(model).__name__}{remedy}."
+            )
 
     def _fit_collator(self, model: RecommenderModel) -> None:
         if self._collates_by_model:
@@ -167,7 +170,7 @@ class HistoryTrainer(Trainer):
     @property
     def _batches_per_step(self) -> int:
         """Batches of one optimizer step over all processes."""
-        return self.args.world_size * self.args.gradient_accumulation_steps
+        return batches_per_step(self.args)
 
     @property
     def _rows_per_step(self) -> float:
@@ -229,6 +232,13 @@ class HistoryTrainer(Trainer):
             return output
         back = np.argsort(sampler.order)
         return output._replace(predictions=output.predictions[back], label_ids=output.label_ids[back])
+
+
+def batches_per_step(args: TrainingArguments) -> int:
+    """Batches of `args.train_batch_size` rows that one optimizer step takes over all processes."""
+    # Processes that split batches share each of them.
+    sharing = 1 if args.accelerator_config.split_batches else args.world_size
+    return sharing * args.gradient_accumulation_steps
 
 
 def has_lengths(dataset) -> bool:

@@ -12,7 +12,8 @@ from pathlib import Path
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
-from ..files import find_damage, write_manifest
+from ..errors import ConfigurationError
+from ..files import MANIFEST_NAME, find_damage, write_manifest
 
 
 logger = logging.get_logger(__name__)
@@ -32,6 +33,17 @@ def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
             return str(checkpoint)
         logger.warning(f"{checkpoint.name} is passed over: {problem}.")
     return None
+
+
+def check_checkpoint(checkpoint: str | os.PathLike) -> None:
+    """
+    Raises:
+        ConfigurationError: no such checkpoint, or a torn one. One of another `Trainer` cannot be told to be torn.
+    """
+    if not Path(checkpoint).is_dir():
+        raise ConfigurationError(f"There is no checkpoint {checkpoint} to resume from.")
+    if Path(checkpoint, MANIFEST_NAME).is_file() and (damage := find_damage(Path(checkpoint))):
+        raise ConfigurationError(f"{damage}. resume_from_checkpoint=True takes the last checkpoint that is whole.")
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from ..data import ItemVocabulary
 from ..evaluation.report import cell, markdown_table
 from ..evaluation.results import CONTROL_SUFFIX, number, protocol_entry, protocol_line, ranking_line
 from ..models.backbone import ADAPTER_CONFIG_NAME
-from .batching import HistoryTrainer
+from .batching import HistoryTrainer, batches_per_step
 
 
 TAGS = ("llmd4rec_hf", "recommender-system", "sequential-recommendation")
@@ -199,7 +199,7 @@ def trainer_card(
     """The card of a trainer's model, with the results of the best or else the last evaluation."""
     model, args, settings = trainer.accelerator.unwrap_model(trainer.model), trainer.args, trainer.settings
     repository = trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).name
-    batches, budget = args.gradient_accumulation_steps * args.world_size, settings.max_positions_per_batch
+    batches, budget = batches_per_step(args), settings.max_positions_per_batch
     batch = f"{args.train_batch_size * batches} histories"
     if budget is not None:
         batch = f"{batches} x at most {budget} padded positions"

@@ -32,8 +32,9 @@ from ..files import write_manifest
 from ..models import RecommenderModel
 from ..models.recommender import supervised
 from ..processes import on_main_process
+from .arguments import refuse_what_has_no_effect
 from .batching import HistoryTrainer, has_lengths
-from .checkpoints import last_whole_checkpoint, rehome, rotate_checkpoints
+from .checkpoints import check_checkpoint, last_whole_checkpoint, rehome, rotate_checkpoints
 from .guard import StepGuard
 from .loss_chunks import LossChunks
 from .loss_sums import LOSS_SUMS_NAME, LossSums
@@ -62,8 +63,8 @@ class DistillationTrainer(HistoryTrainer):
     Differences: the default collator is [`SequenceCollator`]; `compute_metrics` is given ranks (1 is best) of shape
     `(n,)` as `predictions` and the true items `(n,)` as `label_ids`, since scores over all items would not fit into
     memory, with `length_bucketing` in the order of the rows' lengths; `eval_loss` is the cross-entropy of the ranked
-    item, not of all positions; another loss (`label_smoothing_factor`, `compute_loss_func`), `neftune_noise_alpha` and
-    `eval_do_concat_batches=False` are refused.
+    item, not of all positions; another loss (`label_smoothing_factor`, `compute_loss_func`), `neftune_noise_alpha`,
+    `eval_do_concat_batches=False` and `preprocess_logits_for_metrics` are refused.
 
     Args:
         model ([`RecommenderModel`]): the student.
@@ -99,32 +100,25 @@ class DistillationTrainer(HistoryTrainer):
         self._teacher_items: torch.Tensor | None = None
         kwargs.setdefault("compute_metrics", _ranking_metrics)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
-        self._refuse_what_has_no_effect()
+        refuse_what_has_no_effect(
+            self.args,
+            compute_loss_func=self.compute_loss_func,
+            preprocess_logits_for_metrics=self.preprocess_logits_for_metrics,
+        )
         self.model_accepts_loss_kwargs = True
         self._loss_chunks = LossChunks(self.settings.loss_chunk_size)
         self._loss_sums = LossSums(self.args.device)
         self.guard = StepGuard()
         self.add_callback(self.guard)
         if self.settings.early_stopping_patience is not None:
-            if self.args.metric_for_best_model is None:
+            if self.args.metric_for_best_model is None or self.args.eval_strategy == "no":
                 raise ConfigurationError(
                     "early_stopping_patience waits for a better metric_for_best_model: set that, e.g. to 'ndcg@10', "
-                    "and load_best_model_at_end."
+                    "with eval_strategy and save_strategy 'epoch', and load_best_model_at_end."
                 )
             self.add_callback(EarlyStoppingCallback(self.settings.early_stopping_patience))
         if teacher is not None:
             self._check_teacher(teacher)
-
-    def _refuse_what_has_no_effect(self) -> None:
-        own_loss = "the loss is this trainer's own, in compute_loss"
-        for name, is_set, reason in (
-            ("label_smoothing_factor", self.args.label_smoothing_factor, own_loss),
-            ("compute_loss_func", self.compute_loss_func, own_loss),
-            ("neftune_noise_alpha", self.args.neftune_noise_alpha, "histories do not enter by the token embeddings"),
-            ("eval_do_concat_batches=False", not self.args.eval_do_concat_batches, "ranks are one array"),
-        ):
-            if is_set:
-                raise ConfigurationError(f"{name} would change nothing: {reason}. Leave it out.")
 
     def call_model_init(self, trial=None):
         """As in `Trainer`; the collator and what a teacher injects follow the new model."""
@@ -134,6 +128,11 @@ class DistillationTrainer(HistoryTrainer):
 
     def _check_teacher(self, teacher) -> None:
         is_cache = isinstance(teacher, StoredTeacher)
+        if not is_cache and not isinstance(teacher, RecommenderModel):
+            raise ConfigurationError(
+                "teacher must be a RecommenderModel (RecommenderModel.from_pretrained loads one), a TeacherCache, or, "
+                f"for a black box, a ListedTeacherCache, got {type(teacher).__name__}."
+            )
         num_items = teacher.manifest["num_items"] if is_cache else teacher.config.num_items
         if num_items != self.model.config.num_items:
             raise ConfigurationError(
@@ -168,9 +167,12 @@ class DistillationTrainer(HistoryTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = on_main_process(lambda: last_whole_checkpoint(self.args.output_dir))
             if resume_from_checkpoint is None:
-                raise ConfigurationError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
-        elif resume_from_checkpoint and not Path(resume_from_checkpoint).is_dir():
-            raise ConfigurationError(f"There is no checkpoint {resume_from_checkpoint} to resume from.")
+                raise ConfigurationError(
+                    f"There is no whole checkpoint in {self.args.output_dir} to resume from. One that another Trainer "
+                    "has written does not say whether it is whole: give its path."
+                )
+        elif resume_from_checkpoint:
+            on_main_process(lambda: check_checkpoint(resume_from_checkpoint))
         self._check_training_set()
         self._warn_of_slow_numbers()
         self._prepare_teacher()

@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from peft import (
-    AdaptionPromptConfig,
     IA3Config,
     LoHaConfig,
     LoraConfig,
@@ -14,10 +13,11 @@ from peft import (
     PolyConfig,
     PromptTuningConfig,
     VeraConfig,
+    get_peft_model,
 )
 from transformers import AutoModel
 
-from llmd4rec_hf import LLMRecommender
+from llmd4rec_hf import LLMRecommender, MutualDistillArguments, MutualDistillTrainer
 from llmd4rec_hf.errors import ConfigurationError
 from llmd4rec_hf.models.dropout import Dropout
 
@@ -29,6 +29,8 @@ KINDS = {
     "loha": LoHaConfig(r=2),
     "vera": VeraConfig(r=2),
     "ia3": IA3Config(),
+    "lora for a model with a head": LoraConfig(r=2, task_type="CAUSAL_LM"),
+    "lora of the embedding": LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]),
 }
 
 
@@ -92,12 +94,23 @@ def test_refused_adapters(tiny_folder):
         LLMRecommender.from_backbone(tiny_folder, 12, peft_config=PromptTuningConfig(num_virtual_tokens=2))
     for given in (
         LoraConfig(target_modules=["nothing"]),
-        # The one asks for a task per row, the other, told so, for the language-model head.
-        PolyConfig(target_modules=["q_proj"]),
-        AdaptionPromptConfig(adapter_layers=1, adapter_len=2, task_type="CAUSAL_LM"),
+        PolyConfig(target_modules=["q_proj"]),  # asks for a task per row
     ):
         with pytest.raises(ConfigurationError, match="PEFT cannot adapt LlamaModel"):
             LLMRecommender.from_backbone(tiny_folder, 12, peft_config=given)
+
+
+def test_an_adapter_that_could_not_be_loaded_again(tiny_folder, make_llm):
+    """One that changes the base by numbers that it draws, and those that leave head and projections out."""
+    given = LoraConfig(init_lora_weights="pissa_niter_2", target_modules=["q_proj"])
+    with pytest.raises(ConfigurationError, match="'pissa_niter_2' changes the base weights at random.*give 'pissa'"):
+        LLMRecommender.from_backbone(tiny_folder, 12, peft_config=given)
+    llm = make_llm()
+    with pytest.raises(ConfigurationError, match=r"from_backbone\(peft_config"):
+        llm.add_adapter(LoraConfig(r=2))
+    args = MutualDistillArguments("unused", use_cpu=True)
+    with pytest.raises(ConfigurationError, match="got PeftModel: give its adapter to LLMRecommender.from_backbone"):
+        MutualDistillTrainer(get_peft_model(llm, LoraConfig(r=2, target_modules=["q_proj"])), args)
 
 
 def test_an_adapter_on_another_base(make_llm, tmp_path):

@@ -357,7 +357,12 @@ def test_portable_state_is_what_is_written(crm_kind, still_model, tmp_path):
 
 
 def test_what_a_subclass_must_implement():
-    model = RecommenderModel(PreTrainedConfig())
+    config = PreTrainedConfig()
+    for name in ("num_items", "max_length"):
+        with pytest.raises(ConfigurationError, match=f"PreTrainedConfig has no {name}, which every recommender needs"):
+            RecommenderModel(config)
+        setattr(config, name, 5)
+    model = RecommenderModel(config)
     with pytest.raises(NotImplementedError, match="RecommenderModel must implement `encode`"):
         model.encode(torch.tensor([[1]]))
     with pytest.raises(NotImplementedError, match="RecommenderModel must implement `item_matrix`"):

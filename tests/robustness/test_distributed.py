@@ -26,6 +26,13 @@ CASES = {
         "loss_normalization": "batch",
         "gradient_accumulation_steps": 2,
     },
+    # Whose size is that of all processes together.
+    "crm, ragged, batches that are split": {
+        "kind": "crm",
+        "users": 27,
+        "per_device_train_batch_size": 16,
+        "accelerator_config": {"split_batches": True},
+    },
     "crm, ragged, a sample of the items": {"kind": "crm", "users": 27, "num_sampled_items": 5},
     "crm, a sample of the items, a process without rows of its own": {
         "kind": "crm",

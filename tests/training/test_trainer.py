@@ -361,13 +361,15 @@ def test_each_process_may_have_its_own_mean(make_crm, arguments, splits, monkeyp
         ({"label_smoothing_factor": 0.1}, None),
         ({"neftune_noise_alpha": 5.0}, None),
         ({"eval_do_concat_batches": False}, None),
-        ({}, lambda *_: 0),
+        ({}, "compute_loss_func"),
+        ({}, "preprocess_logits_for_metrics"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(make_crm, arguments, options, function):
-    (name,) = options or ["compute_loss_func"]
-    with pytest.raises(ConfigurationError, match=f"{name}.* would change nothing"):
-        CRMTrainer(make_crm(), arguments(**options), compute_loss_func=function)
+    (name,) = options or [function]
+    passed = {} if function is None else {function: lambda *_: 0}
+    with pytest.raises(ConfigurationError, match=f"{name}.* has no meaning here"):
+        CRMTrainer(make_crm(), arguments(**options), **passed)
 
 
 def test_an_empty_training_set_is_named(make_crm, arguments, splits):
@@ -381,9 +383,54 @@ def test_a_prediction_of_the_loss_alone(make_crm, arguments, splits):
     assert output.metrics["test_loss"] > 0
 
 
-def test_a_checkpoint_that_is_not_there_is_named(make_crm, arguments, splits):
+def test_a_checkpoint_that_is_not_there_or_torn_is_named(make_crm, arguments, splits):
     with pytest.raises(ConfigurationError, match="no checkpoint nowhere to resume from"):
         CRMTrainer(make_crm(), arguments(), splits["train"]).train(resume_from_checkpoint="nowhere")
+    args = arguments(save_strategy="epoch", num_train_epochs=1)
+    train(make_crm(0), args, splits)
+    (folder,) = Path(args.output_dir).glob("checkpoint-*")
+    with pytest.raises(ConfigurationError, match="do not fit this model"):
+        make_crm(hidden_size=4).load_weights(folder)
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ConfigurationError, match="torn or altered. resume_from_checkpoint=True takes the last"):
+        CRMTrainer(make_crm(), arguments(), splits["train"]).train(resume_from_checkpoint=str(folder))
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ConfigurationError, match="has written does not say whether it is whole: give its path"):
+        CRMTrainer(make_crm(), args, splits["train"]).train(resume_from_checkpoint=True)
+
+
+class HeadModel(RecommenderModel):
+    """Scores by a head that has the weights of its embedding."""
+
+    config_class = SASRecConfig
+    _tied_weights_keys = {"head.weight": "items.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.items = nn.Embedding(config.num_items + 1, config.hidden_size, padding_idx=0)
+        self.head = nn.Linear(config.hidden_size, config.num_items + 1, bias=False)
+        self.post_init()
+
+    def encode(self, item_ids, attention_mask=None):
+        return self.items(item_ids)
+
+    def item_matrix(self):
+        return self.head.weight
+
+
+def test_a_model_with_tied_weights_gets_its_best_ones_back(arguments, splits):
+    config = SASRecConfig(num_items=12, hidden_size=8, num_layers=1, max_length=6, tie_word_embeddings=True)
+    settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    model = HeadModel(config)
+    train(model, arguments(num_train_epochs=2, metric_for_best_model="ndcg@10", **settings), splits)
+    assert model.head.weight is model.items.weight
+
+
+@pytest.mark.parametrize("teacher", ["runs/llm", nn.Linear(2, 2), lambda histories: None])
+def test_a_teacher_of_another_kind_is_named(make_crm, arguments, splits, teacher):
+    with pytest.raises(ConfigurationError, match="teacher must be a RecommenderModel .*ListedTeacherCache, got"):
+        CRMTrainer(make_crm(), arguments(), splits["train"], teacher=teacher)
 
 
 @pytest.mark.parametrize(("refresh", "warnings"), [(False, 1), (True, 0)])
@@ -439,9 +486,10 @@ def test_early_stopping(make_crm, arguments, splits):
 
 
 def test_early_stopping_needs_to_know_what_gets_better(make_crm, arguments, splits):
-    args = arguments(early_stopping_patience=2, eval_strategy="epoch")
-    with pytest.raises(ConfigurationError, match="early_stopping_patience waits for a better metric_for_best_model"):
-        CRMTrainer(make_crm(), args, splits["train"], splits["validation"])
+    for given in ({"eval_strategy": "epoch"}, {"metric_for_best_model": "ndcg@10"}):
+        args = arguments(early_stopping_patience=2, **given)
+        with pytest.raises(ConfigurationError, match="early_stopping_patience waits for a better metric_for_best"):
+            CRMTrainer(make_crm(), args, splits["train"], splits["validation"])
 
 
 def test_checkpoints_hold_the_vocabulary_and_no_pickled_weights(make_crm, arguments, splits, vocabulary):
