@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
@@ -28,12 +29,12 @@ from llmd4rec_hf.command_line import (
     positive_number,
     script_parser,
 )
-from llmd4rec_hf.data import load_prepared, make_demo
+from llmd4rec_hf.data import data_hash, load_prepared, make_demo
 from llmd4rec_hf.data.formats import format_names
 from llmd4rec_hf.data.prepared import SPLITS, is_prepared
 from llmd4rec_hf.errors import DataError, UnknownItemsError
 from llmd4rec_hf.evaluation.results import protocol_entry, ranking_line
-from llmd4rec_hf.models.recommendations import Recommendations, save_qrels
+from llmd4rec_hf.models.recommendations import Recommendations, save_qrels, trec_word
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save_metrics", type=output_file, metavar="FILE", help="metrics and protocol, as JSON")
     add("--save_run", type=output_file, metavar="FILE", help="the best items of every row, as a TREC run")
     add("--save_qrels", type=output_file, metavar="FILE", help="the true items, as TREC qrels")
-    add("--run_depth", type=int, default=100, metavar="K", help="items per row of the run (%(default)s)")
+    add("--run_depth", type=positive_number, default=100, metavar="K", help="items per row of the run (%(default)s)")
     return parser
 
 
@@ -76,13 +77,20 @@ def load_log(options: argparse.Namespace):
     return load_interactions(source, format=options.format, columns=dict(options.columns or [])), None
 
 
-def split_of_run(model: str) -> str:
-    """How the run that a model lies in split its data; leave-one-out where there is none, or it cannot be repeated."""
+def facts_of_run(model: str) -> dict:
+    """How the run that a model lies in split its data, and the hashes of its splits; nothing where there is none."""
     try:
-        found = json.loads(Path(model, "..", "results.json").read_text(encoding="utf-8"))["protocol"]["split"]
+        results = json.loads(Path(model, "..", "results.json").read_text(encoding="utf-8"))
+        return {"split": results["protocol"]["split"], **results["settings"]}
     except (OSError, ValueError, KeyError, TypeError):
-        found = None
-    return found if found in SPLITS else "leave_one_out"
+        return {}
+
+
+def caution_of(options: argparse.Namespace, run_facts: dict, rows) -> str | None:
+    """What to say of rows that are not the run's, as with other filters: its numbers are not to be compared with."""
+    if run_facts.get(f"sequences.{options.split}") in (None, data_hash(rows)):
+        return None
+    return f"not the {options.split} rows of the model's run: prepare the data as for training"
 
 
 def make_rows(options: argparse.Namespace, model: RecommenderModel, interactions, split_by: str):
@@ -115,6 +123,13 @@ def measure(options: argparse.Namespace, model: RecommenderModel, rows, ks: tupl
         )
         ranks = CRMTrainer(model, args).predict(rows).predictions
     return ranking_metrics(ranks, ks)
+
+
+def check_ids(options: argparse.Namespace, model: RecommenderModel, rows) -> None:
+    """Ids that a run or qrels cannot hold are refused before all is measured: any item may be among the best."""
+    if options.save_run or options.save_qrels:
+        for name in chain(rows["user_id"], model.vocabulary.item_ids):
+            trec_word(name)
 
 
 def save_lists(options: argparse.Namespace, model: RecommenderModel, rows) -> None:
@@ -156,11 +171,17 @@ def run(options: argparse.Namespace, console: Console) -> None:
     if model.vocabulary is None:
         raise DataError(f"{options.model} has no vocabulary.json, so its internal ids mean nothing.")
     interactions, prepared_by = load_log(options)
-    split_by = options.split_by or prepared_by or split_of_run(options.model)
+    run_facts = facts_of_run(options.model)
+    split_by = options.split_by or prepared_by or run_facts.get("split")
+    split_by = split_by if split_by in SPLITS else "leave_one_out"  # none is known, or it cannot be repeated
     rows = make_rows(options, model, interactions, split_by)
+    check_ids(options, model, rows)
     metrics = measure(options, model, rows, options.ks)
     protocol = protocol_entry(split_by, options.seen_items) | {"rows": options.split, "number_of_rows": len(rows)}
     caption = f"{len(rows):,} rows, {split_by} split, {ranking_line(protocol, len(model.vocabulary))}"
+    if caution := caution_of(options, run_facts, rows):
+        protocol["caution"] = caution
+        caption += f"; {caution}"
     show(metrics, f"{Path(options.model).name}, {options.split}", caption, console)
     if options.save_metrics:
         content = {"model": options.model, "dataset": options.dataset, "protocol": protocol, "metrics": metrics}

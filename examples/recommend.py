@@ -67,9 +67,12 @@ def load_candidates(path: str | None) -> list[str] | None:
     if path is None:
         return None
     try:
-        return [line.strip() for line in text_lines(Path(path).read_text(encoding="utf-8-sig"))]
+        ids = [line.strip() for line in text_lines(Path(path).read_text(encoding="utf-8-sig"))]
     except (OSError, ValueError) as error:
         raise DataError(f"Cannot read the candidates in {path}, a text in UTF-8: {error}.") from error
+    if not ids:
+        raise DataError(f"--candidates {path} holds no ids: write one per line, or leave it out to choose from all.")
+    return ids
 
 
 def find(options: argparse.Namespace, model: RecommenderModel) -> tuple[list, Recommendations]:

@@ -12,6 +12,7 @@ copy this file, serve.html and the folder. A page to try it is at http://localho
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MOST_HISTORIES, MOST_ITEMS = 256, 2000
 PAGE = Path(__file__).with_name("serve.html")
 
@@ -47,8 +48,10 @@ class ExportedRecommender:
         facts, vocabulary = (
             json.loads((folder / name).read_text(encoding="utf-8")) for name in ("export.json", "vocabulary.json")
         )
-        if facts["format_version"] > FORMAT_VERSION or facts["format"] != "onnx" or facts["k"] is None:
-            raise ValueError(f"{folder} holds no ONNX graph with top-k: export it by export_onnx.py")
+        if facts["format_version"] != FORMAT_VERSION or facts["format"] != "onnx" or facts["k"] is None:
+            raise ValueError(f"no ONNX graph with top-k in format {FORMAT_VERSION}: export it again by export_onnx.py")
+        if _content_hash(vocabulary) != facts["vocabulary"]:
+            raise ValueError("vocabulary.json is not the one that was exported with the graph: export both again")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self.session = onnxruntime.InferenceSession(folder / "recommender.onnx", options)
@@ -99,6 +102,11 @@ class ExportedRecommender:
         if isinstance(item_id, int) and abs(item_id) > 2**53:
             item_id = str(item_id)
         return {"item_id": item_id, "score": score, "title": title}
+
+
+def _content_hash(vocabulary: dict) -> str:
+    """What the package's `ItemVocabulary.content_hash` is."""
+    return hashlib.sha256(json.dumps([vocabulary["item_ids"], vocabulary["texts"]]).encode()).hexdigest()
 
 
 def _pad(rows: list[list[int]]) -> np.ndarray:

@@ -23,7 +23,7 @@ from .files import storage_errors_named, write_json
 from .models import LLMRecommender, RecommenderModel
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILES = {"onnx": "recommender.onnx", "torch": "recommender.pt2"}
 FACTS_NAME = "export.json"
 ITEM_MATRIX_NAME = "item_matrix.npy"
@@ -52,7 +52,8 @@ def export_model(
         model ([`RecommenderModel`]): the CRM; it is left as it is. Where its `encode` cannot be traced for histories
             of any length, the graph pads them to `max_length` itself.
         output_dir (`str`): gets `recommender.onnx` (and `recommender.onnx.data` for catalogues beyond 1.5 GiB) or
-            `recommender.pt2`, `vocabulary.json`, and `export.json` with `format`, `k`, `max_length` and `num_items`.
+            `recommender.pt2`, `vocabulary.json`, and `export.json` with `format`, `k`, `max_length`, `num_items` and
+            `vocabulary`, the vocabulary's content hash.
         format (`str`, *optional*, defaults to `"onnx"`): `"onnx"`, which needs the extra `export`, or `"torch"`.
         k (`int`, *optional*, defaults to 100): length of each list, the most a request can ask for; never more than
             there are items.
@@ -93,7 +94,8 @@ def export_model(
             np.save(path.with_name(ITEM_MATRIX_NAME), model.item_matrix().detach().numpy(), allow_pickle=False)
         model.vocabulary.save_pretrained(path.parent)
         facts = {"format_version": FORMAT_VERSION, "format": format, "k": k, "max_length": model.config.max_length}
-        write_json(path.with_name(FACTS_NAME), facts | {"num_items": model.config.num_items})
+        facts |= {"num_items": model.config.num_items, "vocabulary": model.vocabulary.content_hash}
+        write_json(path.with_name(FACTS_NAME), facts)
     return path
 
 

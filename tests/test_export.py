@@ -102,6 +102,7 @@ def test_what_lies_beside_the_graph(exported):
     assert ItemVocabulary.from_pretrained(folder) == model.vocabulary
     facts = json.loads((folder / "export.json").read_text())
     assert (facts["k"], facts["max_length"], facts["num_items"]) == (K, MAX_LENGTH, NUM_ITEMS)
+    assert facts["vocabulary"] == model.vocabulary.content_hash
 
 
 def test_the_model_stays_as_it_was(tmp_path):

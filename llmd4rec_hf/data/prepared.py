@@ -22,7 +22,7 @@ import pyarrow.parquet
 from filelock import FileLock, Timeout
 
 from ..errors import ConfigurationError, DataError
-from ..files import storage_errors_named, write_json
+from ..files import file_facts, storage_errors_named, write_json
 from .arrow import from_pandas, to_table
 from .card import data_card, render
 from .filters import filter_interactions
@@ -38,8 +38,10 @@ logger = logging.getLogger(__name__)
 SPLITS = {"leave_one_out": split_leave_one_out, "time": split_by_time, "ratio": split_by_ratio}
 MANIFEST = "prepared.json"
 LOCK_NAME = ".lock"
+# What is read again. `data_card.md` is for people, who may write into it.
+PARTS = ("interactions.parquet", "items.parquet", "vocabulary.json", "data_card.json", "sequences/**/*")
 # Raised whenever the same source and options give another folder.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REMEDY = "Free some space, or give another output_dir."
 
 
@@ -47,7 +49,7 @@ REMEDY = "Free some space, or give another output_dir."
 class PreparedData:
     """
     A prepared folder. Nothing is read before it is asked for, and the sequences are only mapped into memory. What is
-    asked for after the folder was prepared with other data or options is a `DataError`.
+    asked for after the folder was damaged, or prepared with other data or options, is a `DataError`.
 
     Args:
         folder (`Path`):
@@ -87,7 +89,7 @@ class PreparedData:
         return json.loads((self._folder() / "data_card.json").read_text(encoding="utf-8"))
 
     def _folder(self) -> Path:
-        if _manifest(self.folder).get("key") != self.key:
+        if _whole_key(self.folder) != self.key:
             raise DataError(
                 f"{self.folder}: prepared again with other data or options since; open it with load_prepared"
             )
@@ -116,8 +118,9 @@ def prepare(
     Loads a log and its catalogue, filters, splits and describes them, and keeps the result on disk.
 
     The folder remembers a hash of the sources' content and of the options: asked for the same again, it is returned as
-    it is. Of several processes that ask at the same time, one prepares it and the others wait. A dataset on the Hub
-    goes by its name and revision: newer data of it comes only with another `revision`, such as a commit.
+    it is, or prepared again if it is damaged. Of several processes that ask at the same time, one prepares it and the
+    others wait. A dataset on the Hub goes by its name and revision: newer data of it comes only with another
+    `revision`, such as a commit.
 
     Args:
         source (`str`, `Path`, `pandas.DataFrame` or `datasets.Dataset`):
@@ -150,7 +153,7 @@ def prepare(
         "format": items_format, "columns": item_columns, "revision": revision, "token": token,
         "text_template": text_template, "max_text_length": max_text_length, "duplicates": duplicate_items,
     }  # fmt: skip
-    if items is None and not isinstance(source, (pd.DataFrame, datasets.Dataset)):
+    if items is None and isinstance(source, (str, Path)):
         path = Path(source).expanduser()
         items = source if path.is_dir() or not (path.exists() or ":" in str(source)) else None
         item_options["format"] = format
@@ -187,13 +190,10 @@ def load_prepared(folder: str | Path) -> PreparedData:
     Opens a folder that [`prepare`] wrote.
 
     Raises:
-        `DataError`: It is not there or not complete.
+        `DataError`: It is not there, not complete, damaged, or of another release's format.
     """
     folder = Path(folder).expanduser()
-    key = _manifest(folder).get("key")
-    if key is None:
-        raise DataError(f"{folder}: no complete prepared data here ({MANIFEST} is missing); prepare it again")
-    return PreparedData(folder, key)
+    return PreparedData(folder, _whole_key(folder))
 
 
 def _key(sources: list[Any], options: Any) -> str:
@@ -273,18 +273,48 @@ def _cache_folder(key: str) -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "llmd4rec_hf" / key[:32]
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _whole_key(folder: Path) -> str:
+    """The key of a folder that is as it was written; any other is a `DataError`."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{folder}: no complete prepared data here ({MANIFEST} is missing); prepare it again")
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, key = manifest["format_version"], manifest["key"]
+        files = dict(manifest["files"]) if version == FORMAT_VERSION else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, f"{MANIFEST}: {type(error).__name__}: {error}") from error
+    if version != FORMAT_VERSION:
+        raise DataError(f"{folder}: format version {version}, this release reads {FORMAT_VERSION}; prepare it again")
+    altered = next((name for name, facts in files.items() if _facts(folder / name) != facts), None)
+    if altered is not None:
+        raise _damaged(folder, f"{altered} is missing, torn or altered")
+    return key
+
+
+def _damaged(folder: Path, what: str) -> DataError:
+    return DataError(f"{folder}: damaged ({what}); delete the folder or prepare it again")
+
+
+def _facts(path: Path) -> dict[str, Any] | None:
+    """What tells whether a file is as it was written: of the tables, which may be gigabytes, the size has to do."""
+    try:
+        return file_facts(path) if path.suffix == ".json" else {"bytes": path.stat().st_size}
+    except OSError:  # also one that another process takes away just now, to prepare it again
+        return None
 
 
 def _holds(folder: Path, key: str) -> bool:
-    if _manifest(folder).get("key") != key or not (folder / "sequences").is_dir():
+    if not is_prepared(folder):
         return False
-    logger.info("%s holds this data already", folder)
-    return True
+    try:
+        held = _whole_key(folder) == key
+    except DataError as error:
+        logger.warning("%s. It is prepared again now.", error)
+        return False
+    if held:
+        logger.info("%s holds this data already", folder)
+    return held
 
 
 @contextmanager
@@ -331,7 +361,9 @@ def _write(
         sequences.save_to_disk(folder / "sequences")
     (folder / "data_card.json").write_text(described, encoding="utf-8")
     (folder / "data_card.md").write_text(render(card), encoding="utf-8")
-    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "key": key})
+    parts = (path for part in PARTS for path in sorted(folder.glob(part)) if path.is_file())
+    files = {path.relative_to(folder).as_posix(): _facts(path) for path in parts}
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "key": key, "files": files})
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class Recommendations:
         """
         lines = []
         for user, item_id, score, rank in self._rows(user_ids):
-            lines.append(f"{_word(user)} Q0 {_word(item_id)} {rank} {score!r} {_word(run_name)}\n")
+            lines.append(f"{trec_word(user)} Q0 {trec_word(item_id)} {rank} {score!r} {trec_word(run_name)}\n")
         Path(path).write_text("".join(lines), encoding="utf-8")
 
     def _rows(self, user_ids: Sequence | None) -> Iterator[tuple]:
@@ -114,12 +114,16 @@ def save_qrels(path: str | os.PathLike, user_ids: Sequence, item_ids: Sequence) 
     """
     if len(user_ids) != len(item_ids):
         raise DataError(f"{len(item_ids)} true items for {len(user_ids)} users: give one per user.")
-    lines = [f"{_word(user)} 0 {_word(item)} 1\n" for user, item in zip(user_ids, item_ids, strict=True)]
+    lines = [f"{trec_word(user)} 0 {trec_word(item)} 1\n" for user, item in zip(user_ids, item_ids, strict=True)]
     Path(path).write_text("".join(lines), encoding="utf-8")
 
 
-def _word(value: object) -> str:
+def trec_word(value: object) -> str:
+    """An id as it stands in a TREC file; one with a space in it is a `DataError`."""
     text = str(value)
     if text.split() != [text]:
-        raise DataError(f"{text!r} cannot stand in a TREC file, whose columns are parted by spaces.")
+        raise DataError(
+            f"{text!r} cannot stand in a TREC file, whose columns are parted by spaces: take ids without spaces, or "
+            "write no such file."
+        )
     return text

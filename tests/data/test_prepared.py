@@ -6,10 +6,12 @@ import json
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from llmd4rec_hf.data import (
@@ -142,10 +144,6 @@ class TestCache:
         assert old.vocabulary is vocabulary
         assert new.card["prepared"]["split"] == load_prepared(tmp_path).card["prepared"]["split"] == "ratio"
 
-    def test_a_folder_without_its_sequences_is_prepared_again(self, demo, tmp_path):
-        shutil.rmtree(prepare(*demo, tmp_path, with_floors=False).folder / "sequences")
-        assert len(prepare(*demo, tmp_path, with_floors=False).sequences["test"])
-
     def test_a_place_that_cannot_be_written_to(self, demo, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")
         with pytest.raises(StorageError, match="file/out .*give another output_dir"):
@@ -194,6 +192,60 @@ class TestCache:
         assert load_prepared(tmp_path).items is not None
 
 
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def with_one_letter_changed(path):
+    path.write_text(path.read_text().replace("a", "b", 1))
+
+
+class TestDamage:
+    @pytest.mark.parametrize(
+        ("name", "damage"),
+        [
+            ("sequences/train/data-00000-of-00001.arrow", cut_short),
+            ("sequences/train", shutil.rmtree),
+            ("sequences/dataset_dict.json", with_one_letter_changed),
+            ("interactions.parquet", cut_short),
+            ("items.parquet", Path.unlink),
+            ("vocabulary.json", cut_short),
+            ("vocabulary.json", with_one_letter_changed),
+            ("data_card.json", Path.unlink),
+            ("prepared.json", cut_short),
+            ("prepared.json", lambda path: path.write_text("[]")),
+            ("prepared.json", lambda path: path.write_text(json.dumps({"format_version": 2, "key": "abc"}))),
+        ],
+    )
+    def test_it_is_found_and_mended(self, demo, tmp_path, caplog, name, damage):
+        opened = prepare(*demo, tmp_path, with_floors=False)
+        damage(tmp_path / name)
+        message = rf"damaged \({name}.*\); delete the folder or prepare it again"
+        with pytest.raises(DataError, match=message):
+            load_prepared(tmp_path)
+        for part in ("interactions", "items", "vocabulary", "sequences", "card"):
+            with pytest.raises(DataError, match=message):
+                getattr(opened, part)
+        prepare(*demo, tmp_path, with_floors=False)
+        assert "It is prepared again now." in caplog.text
+        assert len(load_prepared(tmp_path).sequences["train"]) == 120
+
+    def test_what_others_put_beside_the_parts_is_none(self, demo, tmp_path):
+        prepared = prepare(*demo, tmp_path, with_floors=False)
+        (tmp_path / "data_card.md").write_text("Ours, of May.")
+        prepared.sequences["train"].map(lambda row: {"double": 2 * row["length"]})  # leaves its cache there
+        assert len(list((tmp_path / "sequences" / "train").glob("cache-*.arrow"))) == 1
+        assert load_prepared(tmp_path).card["log"]["users"] == 120
+
+    def test_the_folder_of_an_older_release(self, demo, tmp_path, caplog):
+        prepare(*demo, tmp_path, with_floors=False)
+        (tmp_path / "prepared.json").write_text(json.dumps({"format_version": 1, "key": "abc"}))
+        with pytest.raises(DataError, match="format version 1, this release reads 2; prepare it again"):
+            load_prepared(tmp_path)
+        prepare(*demo, tmp_path, with_floors=False)
+        assert load_prepared(tmp_path).card["log"]["users"] == 120
+
+
 class TestSourcesBesideTheResult:
     @pytest.mark.parametrize("name", ["interactions.parquet", "interactions.csv"])
     def test_a_log_whose_place_the_result_would_take_is_left_as_it_is(self, demo, tmp_path, name):
@@ -230,6 +282,17 @@ def test_too_little_to_train_on(tmp_path):
     table = pd.DataFrame({"user_id": [1, 1, 1], "item_id": [1, 2, 3]})
     with pytest.raises(DataError, match="enough interactions for train"):
         prepare(table, output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [[{"user_id": 1, "item_id": 2}], datasets.DatasetDict(), pa.table({"user_id": [1], "item_id": [2]})],
+    ids=["list", "DatasetDict", "Table"],
+)
+def test_sources_that_are_none(tmp_path, source):
+    message = f"cannot load interactions from {type(source).__name__}; pass a path, a DataFrame or a Dataset"
+    with pytest.raises(DataError, match=message):
+        prepare(source, output_dir=tmp_path)
 
 
 def test_unknown_split(demo, tmp_path):

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
-from llmd4rec_hf import SASRecModel, ranking_metrics, target_ranks
-from llmd4rec_hf.data import prepare
+from llmd4rec_hf import ItemVocabulary, SASRecModel, ranking_metrics, target_ranks
+from llmd4rec_hf.data import data_hash, prepare
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +89,22 @@ def test_a_prepared_folder_is_split_as_it_was(main, saved_crm, log_file, tmp_pat
     assert json.loads((tmp_path / "out.json").read_text())["protocol"]["split"] == "leave_one_out"
 
 
-def test_a_model_in_a_runs_folder_is_split_as_the_run_was(main, saved_crm, log_file, tmp_path, capsys):
-    shutil.copytree(saved_crm, tmp_path / "run" / "crm")
-    (tmp_path / "run" / "results.json").write_text(json.dumps({"protocol": {"split": "ratio"}}))
-    words = ["--model", str(tmp_path / "run" / "crm"), "--dataset", str(log_file), "--use_cpu"]
+@pytest.fixture
+def run_of_crm(saved_crm, splits, tmp_path):
+    """A function that puts the CRM into a run's folder, and returns the folder."""
+
+    def make(split: str):
+        folder = tmp_path / "run"
+        shutil.copytree(saved_crm, folder / "crm")
+        settings = {f"sequences.{name}": data_hash(rows) for name, rows in splits.items()}
+        (folder / "results.json").write_text(json.dumps({"protocol": {"split": split}, "settings": settings}))
+        return folder
+
+    return make
+
+
+def test_a_model_in_a_runs_folder_is_split_as_the_run_was(main, run_of_crm, log_file, tmp_path, capsys):
+    words = ["--model", str(run_of_crm("ratio") / "crm"), "--dataset", str(log_file), "--use_cpu"]
     main(words)
     assert "ratio split" in " ".join(capsys.readouterr().out.split())
     main([*words, "--split_by", "leave_one_out"])
@@ -102,6 +114,21 @@ def test_a_model_in_a_runs_folder_is_split_as_the_run_was(main, saved_crm, log_f
     assert "leave_one_out split" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_rows_that_are_not_those_of_the_run_are_said_to_be_others(main, run_of_crm, log_file, tmp_path, capsys, split):
+    out = tmp_path / "out.json"
+    words = ["--model", str(run_of_crm("leave_one_out") / "crm"), "--split", split, "--use_cpu"]
+    words += ["--save_metrics", str(out)]
+    main([*words, "--dataset", log_file])
+    assert "caution" not in json.loads(out.read_text())["protocol"]
+    prepare(log_file, output_dir=tmp_path / "data", min_history=5, with_floors=False)
+    capsys.readouterr()
+    main([*words, "--dataset", str(tmp_path / "data")])
+    caution = f"not the {split} rows of the model's run: prepare the data as for training"
+    assert json.loads(out.read_text())["protocol"]["caution"] == caution
+    assert caution in " ".join(capsys.readouterr().out.split())
+
+
 def test_new_items_can_be_skipped(main, saved_crm, log_file, tmp_path, capsys, fails):
     with open(log_file, "a") as file:
         file.write("u00,new,99\n")
@@ -109,6 +136,22 @@ def test_new_items_can_be_skipped(main, saved_crm, log_file, tmp_path, capsys, f
     fails(main, words, f"first 'new'; they are in --dataset {log_file}, and --new_items skip")
     main(["--model", saved_crm, "--dataset", log_file, "--new_items", "skip", "--use_cpu"])
     assert "40 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--save_run", "--save_qrels"])
+@pytest.mark.parametrize(("column", "name"), [("user_id", "u 00"), ("item_id", "i 00")])
+def test_ids_that_trec_cannot_hold_are_refused_before_measuring(
+    load_script, make_crm, small_log, tmp_path, monkeypatch, fails, option, column, name
+):
+    log = small_log.replace({column: {name.replace(" ", ""): name}})
+    log.to_csv(tmp_path / "log.csv", index=False)
+    crm = make_crm()
+    crm.vocabulary = ItemVocabulary(sorted(log["item_id"].unique()))
+    crm.save_pretrained(tmp_path / "crm")
+    script = load_script("evaluate")
+    monkeypatch.setattr(script, "measure", None)  # fails if it is called
+    words = ["--model", str(tmp_path / "crm"), "--dataset", str(tmp_path / "log.csv"), option, str(tmp_path / "out")]
+    fails(script.main, words, f"{name!r} cannot stand in a TREC file")
 
 
 @pytest.mark.parametrize("option", ["--save_metrics", "--save_run", "--save_qrels"])
@@ -123,7 +166,13 @@ def test_a_place_for_the_output_that_is_not_there(main, option, capsys):
 
 @pytest.mark.parametrize(
     ("option", "value", "wrong"),
-    [("--batch_size", "0", "0"), ("--ks", "5;10", "5;10"), ("--ks", "5,0", "0"), ("--ks", "", "")],
+    [
+        ("--batch_size", "0", "0"),
+        ("--run_depth", "0", "0"),
+        ("--ks", "5;10", "5;10"),
+        ("--ks", "5,0", "0"),
+        ("--ks", "", ""),
+    ],
 )
 def test_numbers_that_are_none(main, capsys, option, value, wrong):
     with pytest.raises(SystemExit):

@@ -62,12 +62,14 @@ def test_unknown_items_can_be_skipped(main, saved_crm, capsys, fails):
     assert "[x]" in capsys.readouterr().out
 
 
-def test_candidates_with_spaces_in_their_ids(main, saved_crm, tmp_path, fails):
+def test_candidates_that_cannot_be(main, saved_crm, tmp_path, fails):
     (tmp_path / "stock.txt").write_text("i03\n\n i 07 \n")
     words = ["--model", saved_crm, "--history", "i01", "--candidates", str(tmp_path / "stock.txt")]
     fails(main, words, "first 'i 07'")
     (tmp_path / "stock.txt").write_bytes("café\n".encode("latin-1"))
     fails(main, words, "stock.txt, a text in UTF-8: 'utf-8' codec")
+    (tmp_path / "stock.txt").write_text("\n \n")
+    fails(main, words, "stock.txt holds no ids: write one per line")
 
 
 def test_a_place_for_the_output_that_is_not_there(main, saved_crm, capsys):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -144,18 +145,36 @@ def test_the_page_and_its_search(service):
     assert found == [{"item_id": 107, "title": "thing 107", "score": None}]
 
 
+@pytest.fixture
+def copied(folder, tmp_path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copied"))
+
+
+def rewritten(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_vocabulary_that_is_not_the_graphs(load_script, copied, fails):
+    for item_ids in (list(range(100, 119)), list(range(200, 220))):
+        rewritten(copied / "vocabulary.json", item_ids=item_ids)
+        message = "vocabulary.json is not the one that was exported with the graph: export both again"
+        fails(load_script("serve").main, ["--folder", str(copied)], message)
+
+
+def test_an_export_of_an_older_release(load_script, copied, fails):
+    rewritten(copied / "export.json", format_version=1)
+    fails(load_script("serve").main, ["--folder", str(copied)], "in format 2: export it again by export_onnx.py")
+
+
 @pytest.mark.parametrize("damage", ["missing", "torn", "torch"])
-def test_a_folder_that_cannot_be_served(load_script, folder, tmp_path, fails, damage):
-    for path in folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+def test_a_folder_that_cannot_be_served(load_script, copied, fails, damage):
     if damage == "missing":
-        (tmp_path / "vocabulary.json").unlink()
+        (copied / "vocabulary.json").unlink()
     elif damage == "torn":
-        (tmp_path / "recommender.onnx").write_bytes((folder / "recommender.onnx").read_bytes()[:1000])
+        (copied / "recommender.onnx").write_bytes((copied / "recommender.onnx").read_bytes()[:1000])
     else:
-        facts = json.loads((folder / "export.json").read_text())
-        (tmp_path / "export.json").write_text(json.dumps({**facts, "format": "torch"}))
-    fails(load_script("serve").main, ["--folder", str(tmp_path)], "cannot serve")
+        rewritten(copied / "export.json", format="torch")
+    fails(load_script("serve").main, ["--folder", str(copied)], "cannot serve")
 
 
 def test_export_to_torch_and_bad_input(model, load_script, make_llm, vocabulary, tmp_path, capsys, fails):

@@ -164,7 +164,7 @@ def test_trec_files(tmp_path):
 
 def test_what_trec_cannot_hold(tmp_path):
     found = Recommendations([["a b"]], [[1.0]])
-    with pytest.raises(DataError, match="'a b' cannot stand in a TREC file"):
+    with pytest.raises(DataError, match="'a b' cannot stand in a TREC file.*take ids without spaces"):
         found.save_trec(tmp_path / "run")
     with pytest.raises(DataError, match="2 user ids for 1 histories"):
         found.to_pandas(["u", "v"])
