@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from .item_text import average_of_alike, encode_more_texts, encode_texts, princi
 from .llm_config import LLMRecommenderConfig
 from .prompt import DEFAULT_PROMPT, split_prompt
 from .recommender import RecommenderModel, check_length, hub_arguments, sequence_lengths
-from .weights import find_file, stored_weights
+from .weights import find_file, split_state, stored_weights
 
 
 BACKBONE_PREFIX = "backbone."
@@ -374,7 +375,7 @@ class LLMRecommender(RecommenderModel):
         """
         state_dict = self.portable_state(state_dict)
         if self.has_adapter:
-            state_dict, adapter = _own_and_backbone(state_dict)
+            state_dict, adapter = split_state(state_dict, BACKBONE_PREFIX)
             if is_main_process:
                 base.save_adapter(self.backbone, adapter, save_directory)
         elif is_main_process:
@@ -393,7 +394,7 @@ class LLMRecommender(RecommenderModel):
         state_dict = super().portable_state(state_dict)
         if not self.has_adapter:
             return state_dict
-        own, backbone = _own_and_backbone(state_dict)
+        own, backbone = split_state(state_dict, BACKBONE_PREFIX)
         adapter = base.adapter_state(self.backbone, backbone)
         return own | {BACKBONE_PREFIX + name: value for name, value in adapter.items()}
 
@@ -427,9 +428,9 @@ class LLMRecommender(RecommenderModel):
             dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`): of the base weights.
             trust_remote_code (`bool`, *optional*, defaults to `False`): run code from the base model's repository.
             is_trainable (`bool`, *optional*, defaults to `False`): load the adapter for further training.
-            kwargs: where files come from (`revision`, `token`, `cache_dir`, `local_files_only`, ...; all but
-                `revision` and `subfolder` go for the base as well); others, e.g. `attn_implementation`, go to
-                `AutoModel.from_pretrained` for the base.
+            kwargs: settings to change, e.g. `dropout`; where files come from (`revision`, `token`, `cache_dir`,
+                `local_files_only`, ...; all but `revision` and `subfolder` go for the base as well); others, e.g.
+                `attn_implementation`, go to `AutoModel.from_pretrained` for the base.
 
         Raises:
             ConfigurationError: the base model is not found or does not fit, files that do not fit or are of a later
@@ -437,7 +438,9 @@ class LLMRecommender(RecommenderModel):
         """
         source, hub_kwargs = str(pretrained_model_name_or_path), hub_arguments(kwargs)
         dtype = kwargs.pop("torch_dtype", dtype)  # its older name
-        config = config or cls.config_class.from_pretrained(source, **hub_kwargs)
+        known = signature(cls.config_class.__init__).parameters.keys() & kwargs.keys()
+        settings = {name: kwargs.pop(name) for name in known}
+        config = config or cls.config_class.from_pretrained(source, **hub_kwargs, **settings)
         if not config.backbone_config:
             raise ConfigurationError(f"{source} holds no LLM recommender: RecommenderModel loads any kind.")
         adapter = find_file(source, base.ADAPTER_CONFIG_NAME, **hub_kwargs)
@@ -487,12 +490,6 @@ class LLMRecommender(RecommenderModel):
                 f"The weights in {source} do not fit this model: missing {missing[:3]}, unexpected "
                 f"{outcome.unexpected_keys[:3]}."
             )
-
-
-def _own_and_backbone(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A recommender's tensors: its own, and those of the backbone by the backbone's names for them."""
-    own = {name: value for name, value in state.items() if not name.startswith(BACKBONE_PREFIX)}
-    return own, {name.removeprefix(BACKBONE_PREFIX): value for name, value in state.items() if name not in own}
 
 
 def _root_mean_square(values: torch.Tensor) -> torch.Tensor:

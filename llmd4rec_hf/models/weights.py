@@ -27,6 +27,14 @@ def stored_weights(source: str | os.PathLike, **hub_kwargs) -> dict[str, torch.T
     return {name: value for path in paths for name, value in load_file(path).items()}
 
 
+def split_state(
+    state: dict[str, torch.Tensor], prefix: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The tensors of a model without those of a part of it, and those, by the part's own names."""
+    rest = {name: value for name, value in state.items() if not name.startswith(prefix)}
+    return rest, {name.removeprefix(prefix): value for name, value in state.items() if name not in rest}
+
+
 def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and values."""
     digest = hashlib.sha256()

@@ -278,3 +278,9 @@ def test_a_folder_of_another_kind(make_crm, tmp_path):
     make_crm().save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match="holds no LLM recommender"):
         LLMRecommender.from_pretrained(tmp_path)
+
+
+def test_a_setting_can_be_changed_at_loading(make_llm, tmp_path):
+    make_llm(dropout=0.1).save_pretrained(tmp_path)
+    model = LLMRecommender.from_pretrained(tmp_path, dropout=0.4)
+    assert model.config.dropout == model.dropout.p == 0.4
