@@ -93,7 +93,7 @@ def resolve_columns(
             if theirs != ours:
                 logger.info("%s: taking column %r as %s", where, theirs, ours)
     missing = [name for name in wanted[:required] if name not in columns]
-    if missing == ["user_id"] and _plain_known(names, "title"):
+    if missing == ["user_id"] and any(is_known(name, "title") for name in names):
         raise DataError(f"{where}: has titles and no users, so it is a catalogue and no log; pass it as the items")
     if missing:
         found = ", ".join(map(repr, names[:12]))
@@ -105,8 +105,9 @@ def resolve_columns(
     return columns
 
 
-def _plain_known(names: list[str], ours: str) -> bool:
-    return bool({_plain(name) for name in names} & set(map(_plain, KNOWN_NAMES[ours])))
+def is_known(name: str, ours: str) -> bool:
+    """Whether `name` is one of the common names of our column `ours`."""
+    return _plain(name) in map(_plain, KNOWN_NAMES[ours])
 
 
 def _plain(name: str) -> str:

@@ -98,3 +98,54 @@ def test_ids_after_a_block_of_numbers_stay_text(tmp_path):
     lines = "".join(f"1,{row}\n" for row in range(3_000_000))
     path.write_text("user_id,item_id\n" + lines + "1,B0\n")
     assert detect_format(path).read(path)["item_id"].type == pa.string()
+
+
+UNRECOGNISED = {
+    "zip": (b"PK\x03\x04\x00\x00", "zip archive .* unzip it or save it as CSV"),
+    "UTF-16": ("user,item\n1,2\n".encode("utf-16"), "UTF-16: save it as UTF-8"),
+    "JSON by columns, numbers": (b'{"user_id": [1, 1], "item_id": [2, 3]}', "JSON by columns: write one object per"),
+    "JSON by columns, texts": (b'{\n "user": ["a"],\n "item": ["x"]}', "JSON by columns"),
+    "JSON by columns, pandas": (b'{"asin": {"0": "a"}, "user": {"0": "x"}}', "JSON by columns"),
+    "header between blanks": (b"user_id item_id timestamp\n1 10 881250949\n", "a header .* separate them by tabs"),
+    "times between blanks": (b"1 10 881250949\n1 11 881250950\n", "a user, an item and a time; write them with tabs"),
+    "ratings too": (b"1 10 5 881250949.5\n2 11 4 881250950\n", "format='s3rec' reads them as a user and items"),
+    "dates between blanks": (b"u a 2019-10-01\nv b 2019-10-02\n", "a user, an item and a time"),
+    "prose": (b"hello\n", "known formats are folder, parquet"),
+}
+
+
+@pytest.mark.parametrize("case", UNRECOGNISED)
+def test_what_is_not_recognised_is_named_where_one_can_tell(tmp_path, case):
+    content, message = UNRECOGNISED[case]
+    (tmp_path / "log").write_bytes(content)
+    with pytest.raises(DataError, match=f"log: format not recognised; .*{message}"):
+        detect_format(tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dataset_dict.json", "pass datasets.load_from_disk"),
+        ("state.json", "pass datasets.load_from_disk"),
+        ("part-0.parquet", r'pass datasets.load_dataset\("parquet"'),
+    ],
+)
+def test_a_folder_of_others_is_named(tmp_path, name, message):
+    (tmp_path / name).write_text("x")
+    with pytest.raises(DataError, match=f"format not recognised; .*{message}"):
+        detect_format(tmp_path)
+
+
+class TestLinesBetweenBlanks:
+    def read(self, path, text, format="auto"):
+        path.write_text(text)
+        return detect_format(path, format).read(path).to_pydict()
+
+    def test_are_read_as_told(self, tmp_path):
+        expected = {"user_id": [1, 1], "item_id": [10, 881250949]}
+        assert self.read(tmp_path / "log", "1 10 881250949\n", "s3rec") == expected
+
+    @pytest.mark.parametrize("last", ["3 4\n", "3 4 5\n", "3 4 5 900000000\n"])
+    def test_large_ids_are_no_times_where_a_later_line_says_so(self, tmp_path, last):
+        text = "1 10 881250949\n" * 30 + last
+        assert len(self.read(tmp_path / "log", text)["user_id"]) == 60 + len(last.split()) - 1

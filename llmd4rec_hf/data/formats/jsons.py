@@ -18,6 +18,7 @@ import pyarrow.json
 
 from ...errors import DataError, first_line
 from ..arrow import from_pandas
+from ..columns import KNOWN_NAMES, is_known
 from .base import Format, decoded, head, open_binary, text_head, text_lines
 
 
@@ -39,7 +40,9 @@ class RecordsFormat(Format):
 
     def matches_file(self, path: Path) -> bool:
         record = _first_record(path)
-        return record is not None and any(keys <= record.keys() for keys in self.keys)
+        if record is None or (record and all(isinstance(value, (list, dict)) for value in record.values())):
+            return False  # a record has single values; this is a whole table, column by column
+        return any(keys <= record.keys() for keys in self.keys)
 
     def column_names(self, path: Path) -> list[str]:
         return list(dict.fromkeys(chain.from_iterable(_head_records(path))))
@@ -134,6 +137,12 @@ class JSONArrayFormat(Format):
         if not all(isinstance(record, dict) for record in records):
             raise DataError(f"{path}: a JSON array whose elements are not all objects; write one object per row")
         return _as_table(records)
+
+
+def is_by_columns(path: Path) -> bool:
+    """Whether this is one JSON object that holds a table column by column, judged by the first one's name."""
+    match = re.match(rb'(\xef\xbb\xbf)?\s*\{\s*"([^"]*)"\s*:\s*[\[{]', head(path))
+    return match is not None and any(is_known(match[2].decode(errors="replace"), ours) for ours in KNOWN_NAMES)
 
 
 def is_python(path: Path) -> bool:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from ...errors import DataError
 from ..arrow import from_pandas, is_string
 from .base import Format, first_text_line, head, infer_types, read_delimited
-from .jsons import load_json
+from .jsons import is_by_columns, load_json
 from .tables import CSVFormat
 
 
@@ -79,6 +79,9 @@ class AttributesFormat(IndexMapFormat):
 
     name = "s3rec_attributes"
     entry = rb"\[\s*\d"
+
+    def matches_file(self, path: Path) -> bool:
+        return super().matches_file(path) and not is_by_columns(path)
 
     def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
         raise DataError(
