@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import DataError
-from .arrow import first_true, is_string
+from .arrow import as_ids, first_true, is_string
 
 
 logger = logging.getLogger(__name__)
@@ -43,10 +43,13 @@ KNOWN_NAMES = {
     "description": ["description", "overview", "about", "features", "feature"],
 }  # fmt: skip
 
+# How programs write a value that is not there.
+NO_VALUES = pa.array(["NULL", "null", "\\N", "nan", "NaN", "None", "<NA>"])
+
 
 def resolve_columns(
     names: list[str],
-    columns: dict[str, str] | None,
+    columns: dict[str, str | int] | None,
     where: str,
     wanted: Sequence[str],
     *,
@@ -59,7 +62,7 @@ def resolve_columns(
     Args:
         names (`list[str]`):
             The table's columns.
-        columns (`dict[str, str]`, *optional*):
+        columns (`dict[str, str or int]`, *optional*):
             What the caller said; it wins.
         where (`str`):
             Names the table in messages.
@@ -73,7 +76,7 @@ def resolve_columns(
     Raises:
         `DataError`: A column is named twice, is not there, or cannot be guessed; or `columns` has not our name for it.
     """
-    columns = dict(columns or {})
+    columns = {ours: str(theirs) for ours, theirs in (columns or {}).items()}
     doubled = [name for name in names if names.count(name) > 1]
     if doubled:
         raise DataError(f"{where}: the column {doubled[0]!r} occurs more than once; rename one of them")
@@ -112,6 +115,28 @@ def is_known(name: str, ours: str) -> bool:
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """What [`as_ids`] makes of a column that was read: ids that look like accidents are refused or warned of."""
+    column = as_ids(column, where)
+    if not is_string(column.type):
+        return column
+    row = first_true(pc.match_substring(column, "\n"))
+    if row is not None:
+        raise DataError(
+            f"{where}: row {row + 1} holds {column[row].as_py()[:40]!r}, an id with a line break, as a stray quote "
+            "makes it of several rows; double the quotes in texts or take them out"
+        )
+    absent = column.filter(pc.is_in(column, value_set=NO_VALUES))
+    if len(absent):  # they stay: somebody may be called so
+        logger.warning(
+            "%s: %d rows have the id %s, which often stands for none; drop these rows if it does here",
+            where,
+            len(absent),
+            " or ".join(map(repr, pc.unique(absent).to_pylist())),
+        )
+    return column
 
 
 def times(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:

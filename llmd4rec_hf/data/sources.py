@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 from datasets.exceptions import DatasetNotFoundError
 
-from ..errors import DataError, first_line
+from ..errors import ConfigurationError, DataError, first_line
 from .arrow import from_pandas, to_table
 from .formats import DelimitedFormat, detect_format
 
@@ -57,6 +57,10 @@ def open_source(
     token: str | bool | None = None,
 ) -> Source | None:
     """`part` ("interactions" or "items") of `source`; `None` for a folder or Hub dataset that holds no items."""
+    if columns is not None and not isinstance(columns, Mapping):
+        raise ConfigurationError(
+            f"columns={columns!r}: expected our names with those of the source, as in {{'item_id': 'sku'}}"
+        )
     if isinstance(source, pd.DataFrame):
         names = [str(name) for name in source.columns]
         frame = source.set_axis(names, axis=1)

@@ -10,6 +10,7 @@ import pytest
 
 from llmd4rec_hf.data.formats import FORMATS, detect_format, format_names
 from llmd4rec_hf.data.formats.base import infer_types
+from llmd4rec_hf.data.formats.tables import CSVFormat
 from llmd4rec_hf.errors import DataError
 
 
@@ -69,7 +70,10 @@ def test_names_are_unique():
         (["1", " 7"], pa.string()),
         (["1", ""], pa.string()),
         (["1", str(2**63)], pa.string()),
-        (["1.5", "2.0"], pa.float64()),
+        (["1.0", "-20.0"], pa.float64()),
+        (["1.5", "2.0"], pa.string()),
+        (["1.0", "1.00"], pa.string()),
+        (["1.0", "007.0"], pa.string()),
         (["1e5", "2e5"], pa.string()),
         (["nan", "inf"], pa.string()),
     ],
@@ -149,3 +153,45 @@ class TestLinesBetweenBlanks:
     def test_large_ids_are_no_times_where_a_later_line_says_so(self, tmp_path, last):
         text = "1 10 881250949\n" * 30 + last
         assert len(self.read(tmp_path / "log", text)["user_id"]) == 60 + len(last.split()) - 1
+
+
+class TestQuotes:
+    def read(self, path, text):
+        path.write_text(text)
+        return detect_format(path).read(path).to_pydict()
+
+    @pytest.mark.parametrize(
+        ("written", "title"),
+        [
+            (r'"a \"b\" c"', 'a "b" c'),
+            (r'"\"b\""', '"b"'),
+            (r'"12\""', '12"'),
+            (r'"a ""b"" c"', 'a "b" c'),
+            (r'"a\"', "a\\"),  # a backslash of the text
+            (r'"a \""b\"""', r"a \"b\""),
+            (r"C:\new", r"C:\new"),
+        ],
+    )
+    def test_may_have_a_backslash_before_them(self, tmp_path, caplog, written, title):
+        text = f"item_id,title,c\n1,{written},X\n2,b,Y\n"
+        assert self.read(tmp_path / "items", text) == {"item_id": [1, 2], "title": [title, "b"], "c": ["X", "Y"]}
+        assert not caplog.records
+
+    def test_that_swallow_rows_are_warned_of(self, tmp_path, caplog):
+        text = 'user,item,time,device\n1,2,3,"iphone\n1,3,4,b\n1,4,5,"c"\n'
+        (tmp_path / "log").write_text(text)
+        found = detect_format(tmp_path / "log")
+        assert found.read(tmp_path / "log", ["user", "item"]).num_rows == 1  # whatever columns are read
+        assert "2 line breaks lie within quotes; if its texts have none, a stray quote has swallowed" in caplog.text
+
+    @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+    def test_blank_lines_are_no_rows_swallowed(self, tmp_path, caplog, end):
+        text = "\n\nuser,item\n\n\n1,2\n\n3,4".replace("\n", end)
+        assert self.read(tmp_path / "log", text) == {"user": [1, 3], "item": [2, 4]}
+        assert not caplog.records
+
+
+def test_a_first_line_that_names_no_columns_is_an_error_of_the_data(tmp_path):
+    (tmp_path / "log.csv").write_text('"user\nid",item_id\n1,2\n')
+    with pytest.raises(DataError, match="log.csv: the first line does not name the columns .*; mend it"):
+        CSVFormat().read(tmp_path / "log.csv", ["user", "item_id"])

@@ -225,11 +225,16 @@ class TestEncodingsOfRecords:
         path.write_bytes(RECORD_FILES[kind].format(*titles).encode(encoding))
         return detect_format(path).read(path)["title"].to_pylist()
 
-    @pytest.mark.parametrize(("titles", "level"), [(["Café", "Tee"], "INFO"), ([LATE, "Café"], "WARNING")])
-    def test_latin_1(self, tmp_path, caplog, kind, titles, level):
+    @pytest.mark.parametrize(("titles", "level"), [(["“Café”", "5 €"], "INFO"), ([LATE, "Café"], "WARNING")])
+    def test_windows_1252(self, tmp_path, caplog, kind, titles, level):
         with caplog.at_level("INFO"):
-            assert self.titles(tmp_path / "items", kind, *titles, encoding="latin-1") == titles
-        assert [record.levelname for record in caplog.records if "reading it as Latin-1" in record.message] == [level]
+            assert self.titles(tmp_path / "items", kind, *titles, encoding="cp1252") == titles
+        assert [record.levelname for record in caplog.records if "reading it as Windows" in record.message] == [level]
+
+    def test_latin_1_where_windows_has_no_such_character(self, tmp_path, caplog, kind):
+        with caplog.at_level("INFO"):
+            assert self.titles(tmp_path / "items", kind, "Café\x81", "Tee", encoding="latin-1") == ["Café\x81", "Tee"]
+        assert "reading it as Latin-1" in caplog.text
 
     def test_separators_of_unicode_end_no_line(self, tmp_path, kind):
         titles = ["one\u2028two", "three\u0085four"]

@@ -41,7 +41,7 @@ class ParquetFormat(Format):
 
 class DelimitedFormat(Format):
     """
-    A text table whose first line names the columns, optionally gzipped, UTF-8 (or else Latin-1).
+    A text table whose first line names the columns, optionally gzipped, UTF-8 (or else Windows-1252).
 
     Every column is read as text and becomes a number only where no character is lost, so ids such as `00123` survive.
 
