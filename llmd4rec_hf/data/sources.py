@@ -91,7 +91,7 @@ def _from_path(path: Path, part: str, format: str, columns: dict[str, Any] | Non
         raise DataError(f"{path}: no interactions.* in this folder; name the log interactions.csv, .parquet, ...")
     found, file = located
     if isinstance(found, DelimitedFormat) and _are_positions(columns, found.column_names(file)):
-        found = type(found)(has_header=False)
+        found = type(found)([int(place) for place in columns.values()])
     if part == "items":
         return Source(str(path), None, lambda _: found.read_items(file), found.hints)
     return Source(str(path), found.column_names(file), lambda chosen: found.read(file, chosen), found.hints)

@@ -10,7 +10,7 @@ import pytest
 
 from llmd4rec_hf.data.formats import FORMATS, detect_format, format_names
 from llmd4rec_hf.data.formats.base import infer_types
-from llmd4rec_hf.data.formats.tables import CSVFormat
+from llmd4rec_hf.data.formats.tables import CSVFormat, TSVFormat
 from llmd4rec_hf.errors import DataError
 
 
@@ -191,7 +191,15 @@ class TestQuotes:
         assert not caplog.records
 
 
-def test_a_first_line_that_names_no_columns_is_an_error_of_the_data(tmp_path):
-    (tmp_path / "log.csv").write_text('"user\nid",item_id\n1,2\n')
-    with pytest.raises(DataError, match="log.csv: the first line does not name the columns .*; mend it"):
-        CSVFormat().read(tmp_path / "log.csv", ["user", "item_id"])
+def test_names_of_columns(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text('"user\nid",item_id\n1,2\n')
+    assert CSVFormat().read(path, ["item_id", "user\nid"]).to_pydict() == {"item_id": [2], "user\nid": [1]}
+    path.write_text('"user"\titem\n1\t2\n')
+    assert TSVFormat().read(path, ["item", '"user"']).column_names == ["item", '"user"']
+    path.write_bytes("user,café\n".encode() + b"1,2\n" * (1 << 15) + "1,café\n".encode("latin-1"))
+    with pytest.raises(DataError, match="log.csv: .*'café'.* as cp1252; save the file as UTF-8"):
+        CSVFormat().read(path, ["user", "café"])
+    path.write_bytes(b"\x00\x01")
+    with pytest.raises(DataError, match="log.csv: holds no lines of text"):
+        CSVFormat().read(path)

@@ -123,10 +123,17 @@ class TestColumns:
             ("1,1193,5,978300760\n1,661,3,978302109\n", ["0", "1", "3"], [(1, 1193), (1, 661)]),
             ("u,i,9\nv,i,8\n", [0, 1, 2], [("u", "i"), ("v", "i")]),
             ("3,2,1\n7,8,9\n", ["1", "0"], [(2, 3), (8, 7)]),
+            ("Kunde,Ding\n7,a\n8,b\n", [0, 1], [(7, "a"), (8, "b")]),  # a header: no user is a word but this one
+            ("Kunde,Kunde\n7,a\n8,b\n", [0, 1], [(7, "a"), (8, "b")]),
+            ("u:token\ti:token\nx\t5\n", [0, 1], [("x", 5)]),
+            ("u,i\nv,j\n", [0, 1], [("u", "i"), ("v", "j")]),
+            ("u,B0\nv,77\nw,B2\n", [0, 1], [("u", "B0"), ("v", "77"), ("w", "B2")]),
+            ("u,i,\nv,j,7\n", [0, 1], [("u", "i"), ("v", "j")]),
+            ("u,i\n", [0, 1], [("u", "i")]),
         ],
     )
     def test_columns_by_number(self, tmp_path, lines, columns, expected):
-        """Whatever the first line's values are: they may be such numbers themselves."""
+        """Whatever the first line's values are, they may be such numbers themselves; but a header is no row."""
         (tmp_path / "log.csv").write_text(lines)
         names = dict(zip(("user_id", "item_id", "timestamp"), columns, strict=False))
         log = load_interactions(tmp_path / "log.csv", columns=names)

@@ -280,10 +280,8 @@ def read_delimited(
                 table = pa.csv.read_csv(lines, read_options=read, parse_options=parse, convert_options=convert)
         except UnicodeDecodeError:
             continue
-        except pa.ArrowKeyError as error:
-            raise DataError(
-                f"{path}: the first line does not name the columns ({first_line(error)}); mend it"
-            ) from error
+        except pa.ArrowKeyError as error:  # its head is in another encoding than the rest
+            raise DataError(f"{path}: {first_line(error)} as {encoding}; save the file as UTF-8") from error
         except pa.ArrowInvalid as error:
             if "UTF8" not in str(error) or encoding == "latin-1":
                 raise DataError(f"{path}: {first_line(error)}; mend that row") from error
