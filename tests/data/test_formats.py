@@ -18,6 +18,7 @@ CONTENTS = {
     "csv": b"user_id,item_id\n1,2\n",
     "tsv": b"user_id\ttitle, long\n1\tx, y\n",
     "jsonl": b'{"user_id": 1, "item_id": "a,b"}\n',
+    "semicolon": b"1;2;3,5;1000\n1;3;4;1001\n",
     "s3rec": b"1 2 3\n2 3\n",
     "parquet": None,
 }
@@ -33,6 +34,11 @@ def test_exactly_one_format_matches(tmp_path, name, zipped):
         path.write_bytes(gzip.compress(CONTENTS[name]) if zipped else CONTENTS[name])
     assert [format.name for format in FORMATS if format.matches(path)] == [name]
     assert detect_format(path).name == name
+
+
+def test_a_list_between_semicolons_is_a_field_of_csv(tmp_path):
+    (tmp_path / "log").write_text("1,Toy Story,Animation;Children;Comedy;Fantasy\n2,Heat,Crime\n")
+    assert [format.name for format in FORMATS if format.matches(tmp_path / "log")] == ["csv"]
 
 
 @pytest.mark.parametrize("name", ["csv", "jsonl", "s3rec"])

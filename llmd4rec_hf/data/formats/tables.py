@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from ...errors import DataError, first_line
-from .base import Format, first_text_line, head, infer_types, read_delimited, text_head
+from .base import Format, first_text_line, head, head_lines, infer_types, read_delimited, text_head
 
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class CSVFormat(DelimitedFormat):
 
     def matches_file(self, path: Path) -> bool:
         line = first_text_line(path)
-        return "," in line and "\t" not in line and line[0] not in "{["
+        return "," in line and "\t" not in line and line[0] not in "{[" and not SemicolonFormat().matches_file(path)
 
 
 class TSVFormat(DelimitedFormat):
@@ -142,6 +142,14 @@ class SemicolonFormat(DelimitedFormat):
 
     name = "semicolon"
     delimiter = ";"
+
+    def matches_file(self, path: Path) -> bool:
+        if super().matches_file(path):
+            return True
+        # Commas may be those of decimals then; a list within a field of CSV is as long as it happens to be.
+        lines = head_lines(path)
+        alike = len({line.count(";") for line in lines}) == 1
+        return alike and lines[0].count(";") > lines[0].count(",") and not set(lines[0]) & set("\t|{[")
 
 
 class BarFormat(DelimitedFormat):
