@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import gzip
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 
+from llmd4rec_hf.data import load_interactions, load_items
 from llmd4rec_hf.data.formats import FORMATS, detect_format, format_names
 from llmd4rec_hf.data.formats.base import infer_types
 from llmd4rec_hf.data.formats.tables import CSVFormat, TSVFormat
@@ -209,3 +211,39 @@ def test_names_of_columns(tmp_path):
     path.write_bytes(b"\x00\x01")
     with pytest.raises(DataError, match="log.csv: holds no lines of text"):
         CSVFormat().read(path)
+
+
+OTHERS = {
+    "table": "user_id,item_id,timestamp\n1,2,3\n",
+    "record": '{"user_id": 1, "item_id": 2}\n',
+    "map": '{"7": ["a"], "3": ["b"]}',
+    "number": "5\n",
+    "lines": "1 2 3\n4 5\n",
+    "words": "hello world\nfoo\n",
+    "colons": "1::a\n2\n",
+    "binary": "\x00\x01",
+}
+
+
+@pytest.mark.parametrize("content", OTHERS)
+@pytest.mark.parametrize("name", format_names())
+def test_a_format_named_for_what_is_in_another_is_at_worst_an_error_of_the_data(tmp_path, name, content):
+    (tmp_path / "file").write_text(OTHERS[content])
+    for load in (load_interactions, load_items):
+        with suppress(DataError):
+            load(tmp_path / "file", format=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bigrec", "no column 'history_item_id', without which it is not bigrec; leave format out"),
+        ("dllm2rec", "no column 'seq', without which it is not dllm2rec"),
+        ("llara", "line 1 holds no '::' before a name"),
+        ("folder", "is a file and no folder"),
+    ],
+)
+def test_a_format_named_for_a_table_is_refused(tmp_path, name, message):
+    (tmp_path / "log.csv").write_text(OTHERS["table"])
+    with pytest.raises(DataError, match=f"log.csv: {message}"):
+        load_interactions(tmp_path / "log.csv", format=name)

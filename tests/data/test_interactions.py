@@ -149,6 +149,14 @@ class TestColumns:
         del columns["time"]
         assert load_interactions(table, columns=columns)["item_id"] == [4, 3]
 
+    def test_a_date_and_a_time_are_no_moment_alone(self):
+        table = pd.DataFrame({"user": [1, 1], "item": [3, 4], "Date": ["2019-10-02", "2019-10-01"], "time": [5, 6]})
+        with pytest.raises(DataError, match="which of 'Date' and 'time' is the moment.*columns={'timestamp': 'Date'}"):
+            load_interactions(table)
+        assert load_interactions(table, columns={"timestamp": "Date"})["item_id"] == [4, 3]
+        assert load_interactions(table, columns={"timestamp": "time"})["item_id"] == [3, 4]
+        assert load_interactions(table.assign(unix_time=[8, 7]))["timestamp"] == [7, 8]
+
     def test_ids_keep_leading_zeros(self, tmp_path):
         (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n1,0012,1\n1,34,2\n")
         assert load_interactions(tmp_path / "log.csv")["item_id"] == ["0012", "34"]
@@ -170,6 +178,8 @@ class TestColumns:
 
     def test_mixed_ids_become_strings(self):
         assert load_interactions(frame((1, "a", 1), ("1", "b", 2)))["user_id"] == ["1", "1"]
+        with pytest.raises(DataError, match="row 3 has no id"):
+            load_interactions(frame((1, "a", 1), ("1", "b", 2), (pd.NA, "c", 3)))
 
     def test_unsigned_hashes_survive(self):
         table = pa.table({"user_id": pa.array([2**64 - 1], pa.uint64()), "item_id": [1], "timestamp": [1]})
@@ -231,6 +241,10 @@ class TestOrder:
             ([20170714, 20170715], [1499990400, 1500076800]),
             ([20170714, 20170799], [20170714, 20170799]),
             (["20170714", "20170715"], [1499990400, 1500076800]),
+            ([201707140001, 201707150000], [1499990460, 1500076800]),
+            (["20170714000001", "20170715000000"], [1499990401, 1500076800]),
+            ([" 5", "6 "], [5, 6]),
+            (["2015-03-02 00:00:10 UTC", "2015-03-02 00:00:11.000 UTC "], [1425254410, 1425254411]),
             (["2015-03-02 00:00:10.123456789", "2015-03-02 00:00:11.000000001"], [1425254410.123456, 1425254411.0]),
             (["2015-03-02 00:00:10.500000000Z", "2015-03-02 00:00:11.000000000Z"], [1425254410.5, 1425254411.0]),
         ],
@@ -261,7 +275,7 @@ BAD_FILES = {
     "zip": (b"PK\x03\x04\x00\x00", "format not recognised"),
     "prose": (b"hello\n", "format not recognised"),
     "torn JSON array": (b'[{"user_id": 1, "item_id": 2}', "not valid JSON"),
-    "JSON array of numbers": (b'[{"user_id": 1, "item_id": 2}, 3]', "elements are not all objects"),
+    "JSON array of numbers": (b'[{"user_id": 1, "item_id": 2}, 3]', "elements are all objects; write one"),
     "broken JSON": (b'{"user_id": 1, "item_id": 2}\n{"user_id": 1', "not valid JSON lines"),
     "broken parquet": (b"PAR1abc", "damaged parquet"),
     "torn gzip": (gzip.compress(CSV.encode() * 50)[:40], "cannot be read"),
@@ -288,10 +302,20 @@ class TestBadInput:
             (frame((1, 2, 1_600_000_000_000), (1, 3, 0)), "row 2 holds 0 and row 1 1600000000000, .* different units"),
             (frame((1, 2, 1_600_000_000), (1, 3, 1_600_000_000_000)), "row 1 holds 1600000000 and row 2"),
             (frame((1, 2, "2020-01-01 00:00:00Z"), (1, 3, "2020-01-01 00:00:00")), "some dates name a time zone"),
+            (frame((1, 2, "2019-10-01T12Z"), (1, 3, "2019-10-02")), "some dates name a time zone"),
+            (
+                frame((1, 2, "2019-10-01"), (1, 3, "2019/10/01")),
+                "row 2 holds '2019/10/01', which is neither a number nor",
+            ),
+            (
+                frame((1, 2, "2019-10-01"), (1, 3, "2019-10")),
+                "row 2 holds '2019-10', which is neither a number nor an",
+            ),
             (frame((1, 2, datetime.time(9, 30))), r"type time64\[us\] is no moment"),
             (frame((1, 2, datetime.timedelta(3))), r"type duration\[us\] is no moment"),
             (frame((1, 2, 19690101), (1, 3, 19700101)), "row 1 holds 19690101, which is no time"),
             (frame((1, 2, 20170131), (1, 3, 20170231), (1, 4, 20170301)), "row 2 holds 20170231, which is no date"),
+            (frame((1, 2, 20170131235959), (1, 3, 20170131240000), (1, 4, 20170301000000)), "row 2 .* is no date"),
             (frame((1, 2, 3), (1, "", 4)), "row 2 has no id"),
             (frame((1, 1.0, 3), (1, 1.5, 4)), "row 2 holds 1.5; ids must be integers or strings"),
             (frame((1, 2.0**53, 3)), "row 1 holds 9007199254740992.0; ids must be integers or strings"),

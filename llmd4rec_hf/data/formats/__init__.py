@@ -65,6 +65,8 @@ class FolderFormat(Format):
         return False
 
     def locate(self, path: Path, part: str) -> tuple[Format, Path] | None:
+        if path.is_file():
+            raise DataError(f"{path}: is a file and no folder; leave the format out or name the file's own")
         file = find_one(path, self.log_files if part == "interactions" else self.item_files)
         if file is None:
             return None

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from ...errors import DataError, first_line
+from ..arrow import first_true
 
 
 logger = logging.getLogger(__name__)
@@ -233,6 +234,15 @@ def first_text_line(path: Path) -> str:
 def read_lines(path: Path) -> pa.ChunkedArray:
     """All lines that are not blank, trimmed."""
     return pc.utf8_trim_whitespace(read_delimited(path, UNIT_SEPARATOR, names=["line"])["line"])
+
+
+def read_names(path: Path, separator: str) -> pa.Table:
+    """A catalogue of lines that hold an item, a separator and the item's name."""
+    fields = pc.split_pattern(read_lines(path), separator, max_splits=1)
+    row = first_true(pc.less(pc.list_value_length(fields), 2))
+    if row is not None:
+        raise DataError(f"{path}: line {row + 1} holds no {separator!r} before a name; mend it or name another format")
+    return pa.table({"item_id": pc.list_element(fields, 0), "title": pc.list_element(fields, 1)})
 
 
 def read_delimited(

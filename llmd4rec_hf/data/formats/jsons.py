@@ -134,8 +134,8 @@ class JSONArrayFormat(Format):
 
     def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
         records = load_json(path)
-        if not all(isinstance(record, dict) for record in records):
-            raise DataError(f"{path}: a JSON array whose elements are not all objects; write one object per row")
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise DataError(f"{path}: no JSON array whose elements are all objects; write one object per row")
         return _as_table(records)
 
 

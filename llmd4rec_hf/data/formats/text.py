@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from ...errors import DataError
 from ..columns import is_known
-from .base import Format, head_lines, infer_types, read_lines, refuse_unreadable
+from .base import Format, head_lines, infer_types, read_lines, read_names, refuse_unreadable
 from .llm import AttributesFormat
 
 
@@ -152,5 +152,4 @@ class IDGenRecFormat(Format):
         raise DataError(f"{path}: lines of an item and its words are a catalogue and no log; pass it as the items")
 
     def read_items(self, path: Path) -> pa.Table:
-        fields = pc.split_pattern(read_lines(path), " ", max_splits=1)
-        return pa.table({"item_id": pc.list_element(fields, 0), "title": pc.list_element(fields, 1)})
+        return read_names(path, " ")
