@@ -66,6 +66,14 @@ class TestAmazon:
         assert items[-1]["price"] == "$2"
 
 
+def test_a_field_that_comes_only_at_the_end(tmp_path):
+    lines = [{"item_id": i, "title": "x", "n": i} for i in range(600)]
+    path = write(tmp_path / "items.jsonl", *lines, {"item_id": 600, "title": "y", "n": "many", "brand": "Acme"})
+    items = load_items(path, text_template="{title} ({brand})")
+    assert (items[0]["text"], items[600]["text"]) == ("x", "y (Acme)")
+    assert items[600]["n"] == "many"  # what a field is in the first records counts, and it is there
+
+
 def test_steam_is_parsed_and_never_run(tmp_path):
     review = "{u'username': u'O\\'Neil', u'hours': 0.1, u'product_id': u'725280', u'date': u'2017-12-17', u'text': %s}"
     path = write(

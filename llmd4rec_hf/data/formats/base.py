@@ -7,6 +7,7 @@ import codecs
 import gzip
 import io
 import logging
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -178,6 +179,21 @@ def text_head(path: Path, size: int = HEAD_BYTES) -> str:
         return ""
     if len(content) == size and b"\n" in content:
         content = content[: content.rindex(b"\n")]
+    return _text(content)
+
+
+def text_tail(path: Path, size: int = HEAD_BYTES) -> str:
+    """The last whole lines of a text file; empty for a gzipped one, all of which would have to be read for them."""
+    with open(path, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            return ""
+        start = max(file.seek(0, os.SEEK_END) - size, 0)
+        file.seek(start)
+        content = file.read()
+    return _text(content[content.find(b"\n") + 1 :] if start else content)
+
+
+def _text(content: bytes) -> str:
     texts = (_beginning(content, encoding) for encoding in ("utf-8", "cp1252", "latin-1"))
     return next(text for text in texts if text is not None).lstrip("\ufeff")
 

@@ -19,7 +19,7 @@ import pyarrow.json
 from ...errors import DataError, first_line
 from ..arrow import from_pandas
 from ..columns import KNOWN_NAMES, is_known
-from .base import Format, decoded, head, open_binary, text_head, text_lines
+from .base import Format, decoded, head, open_binary, text_head, text_lines, text_tail
 
 
 # Some catalogues have lines of a hundred kilobytes; the fields of the first records are taken from this much.
@@ -34,7 +34,7 @@ _WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
 class RecordsFormat(Format):
-    """Lines of records, whose fields are found in the first of them."""
+    """Lines of records, whose fields are found in the first and last of them."""
 
     keys: tuple[frozenset[str], ...] = (frozenset(),)
 
@@ -45,16 +45,15 @@ class RecordsFormat(Format):
         return any(keys <= record.keys() for keys in self.keys)
 
     def column_names(self, path: Path) -> list[str]:
-        return list(dict.fromkeys(chain.from_iterable(_head_records(path))))
+        return list(dict.fromkeys(chain.from_iterable(_sample_records(path))))
 
     def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
-        schema = _schema(_head_records(path), columns or self.column_names(path))
+        schema = _schema(_sample_records(path), columns or self.column_names(path))
         return _read_python(path, schema) if is_python(path) else _read_json(path, schema)
 
     def read_items(self, path: Path) -> pa.Table:
         """Fields that are objects, or of one kind here and another there, say nothing about an item and stay out."""
-        records = _head_records(path)
-        fields = _schema(records, self.column_names(path))
+        fields = _schema(_sample_records(path), self.column_names(path))
         return self.read(path, [name for name, kind in fields.items() if kind is not None and _is_plain(kind)])
 
 
@@ -187,13 +186,20 @@ def _record(line: str) -> dict[str, Any] | None:
     return None
 
 
-def _head_records(path: Path, count: int = 500) -> list[dict[str, Any]]:
-    lines = text_lines(text_head(path, RECORD_HEAD_BYTES))
-    return [record for record, _ in zip(map(_record, lines), range(count), strict=False) if record is not None]
+def _sample_records(path: Path, count: int = 500) -> list[dict[str, Any]]:
+    """The first records and, of the last ones, the fields that none of the first has: a field may come late."""
+    first = _records(text_lines(text_head(path, RECORD_HEAD_BYTES))[:count])
+    names = set(chain.from_iterable(first))
+    last = _records(text_lines(text_tail(path, RECORD_HEAD_BYTES))[-count:])
+    return first + [{name: value for name, value in record.items() if name not in names} for record in last]
+
+
+def _records(lines: list[str]) -> list[dict[str, Any]]:
+    return [record for record in map(_record, lines) if record is not None]
 
 
 def _schema(records: list[dict[str, Any]], columns: list[str]) -> dict[str, pa.DataType | None]:
-    """The type of each column in the first records; `None` where it is of more than one kind."""
+    """The type of each column in the records; `None` where it is of more than one kind."""
     schema: dict[str, pa.DataType | None] = {}
     for name in columns:
         try:
