@@ -27,7 +27,7 @@ def misread_table(path: Path) -> str | None:
     """
     rows = [line.split() for line in head_lines(path)]
     if rows and all(any(is_known(word, ours) for word in rows[0]) for ours in ("user_id", "item_id")):
-        return "a table with a header whose columns stand between blanks; separate them by tabs or commas"
+        return "this is a table with a header and blanks between its columns: separate them by tabs or commas"
     counts = {len(row) for row in rows}
     if len(counts) == 1 and counts <= {3, 4} and all(re.fullmatch(_TIME, row[-1]) for row in rows):
         lines = rf"^\S+(\s+\S+){{{counts.pop() - 2}}}\s+{_TIME}$"
