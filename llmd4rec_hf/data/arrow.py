@@ -100,14 +100,14 @@ def id_array(values: Any, where: str) -> tuple[pa.ChunkedArray, bool]:
 
 
 def as_texts(values: Any) -> list[str | None]:
-    """Each value as text, lists joined by commas; `None` and NaN stay missing."""
+    """Each value as text, lists joined by commas; `None`, NaN and `pandas.NA` stay missing."""
     return [_as_text(value) for value in values]
 
 
 def _as_text(value: Any) -> str | None:
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return None if value is None or value != value else str(value)
+    return None if value is None or value is pd.NA or value != value else str(value)
 
 
 def from_pandas(frame: pd.DataFrame) -> pa.Table:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import DataError
-from .arrow import first_true, is_string
+from ..errors import ConfigurationError, DataError
+from .arrow import as_ids, first_true, is_string
 
 
 logger = logging.getLogger(__name__)
@@ -43,10 +44,19 @@ KNOWN_NAMES = {
     "description": ["description", "overview", "about", "features", "feature"],
 }  # fmt: skip
 
+# Dates whose digits are one number: what the day is multiplied by, and the form as Python and as people spell it.
+NUMBER_DATES = (
+    (1, "%Y%m%d", "YYYYMMDD"),
+    (10**4, "%Y%m%d%H%M", "YYYYMMDDhhmm"),
+    (10**6, "%Y%m%d%H%M%S", "YYYYMMDDhhmmss"),
+)
+# How programs write a value that is not there.
+NO_VALUES = pa.array(["NULL", "null", "\\N", "nan", "NaN", "None", "<NA>"])
+
 
 def resolve_columns(
     names: list[str],
-    columns: dict[str, str] | None,
+    columns: dict[str, str | int] | None,
     where: str,
     wanted: Sequence[str],
     *,
@@ -59,7 +69,7 @@ def resolve_columns(
     Args:
         names (`list[str]`):
             The table's columns.
-        columns (`dict[str, str]`, *optional*):
+        columns (`dict[str, str or int]`, *optional*):
             What the caller said; it wins.
         where (`str`):
             Names the table in messages.
@@ -73,7 +83,7 @@ def resolve_columns(
     Raises:
         `DataError`: A column is named twice, is not there, or cannot be guessed; or `columns` has not our name for it.
     """
-    columns = dict(columns or {})
+    columns = {ours: str(theirs) for ours, theirs in (columns or {}).items()}
     doubled = [name for name in names if names.count(name) > 1]
     if doubled:
         raise DataError(f"{where}: the column {doubled[0]!r} occurs more than once; rename one of them")
@@ -86,14 +96,18 @@ def resolve_columns(
             raise DataError(f"{where}: no column {theirs!r} (for {ours!r}); it has {', '.join(names)}")
     plain = {_plain(name): name for name in reversed(names) if name not in columns.values()}
     for ours in wanted:
-        guesses = [*(hints or {}).get(ours, ()), *KNOWN_NAMES[ours]]
-        theirs = next((plain[_plain(name)] for name in guesses if _plain(name) in plain), None)
-        if ours not in columns and theirs is not None:
+        if ours in columns:
+            continue
+        theirs = _first_of((hints or {}).get(ours, ()), plain)
+        if theirs is None and ours == "timestamp" and {"date", "time"} <= plain.keys():
+            theirs = _clock(plain, where)
+        theirs = theirs or _first_of(KNOWN_NAMES[ours], plain)
+        if theirs is not None:
             columns[ours] = theirs
             if theirs != ours:
                 logger.info("%s: taking column %r as %s", where, theirs, ours)
     missing = [name for name in wanted[:required] if name not in columns]
-    if missing == ["user_id"] and _plain_known(names, "title"):
+    if missing == ["user_id"] and any(is_known(name, "title") for name in names):
         raise DataError(f"{where}: has titles and no users, so it is a catalogue and no log; pass it as the items")
     if missing:
         found = ", ".join(map(repr, names[:12]))
@@ -105,12 +119,51 @@ def resolve_columns(
     return columns
 
 
-def _plain_known(names: list[str], ours: str) -> bool:
-    return bool({_plain(name) for name in names} & set(map(_plain, KNOWN_NAMES[ours])))
+def _first_of(guesses: Sequence[str], plain: dict[str, str]) -> str | None:
+    return next((plain[_plain(name)] for name in guesses if _plain(name) in plain), None)
+
+
+def _clock(plain: dict[str, str], where: str) -> str:
+    """The column of times beside the two halves `date` and `time`, of which either alone is the wrong one."""
+    theirs = _first_of([name for name in KNOWN_NAMES["timestamp"] if name not in ("date", "time")], plain)
+    if theirs is None:
+        date, time = plain["date"], plain["time"]
+        raise DataError(
+            f"{where}: which of {date!r} and {time!r} is the moment? Join them into one column, or say which it is: "
+            f"columns={{'timestamp': {date!r}}} (--columns timestamp={date})"
+        )
+    return theirs
+
+
+def is_known(name: str, ours: str) -> bool:
+    """Whether `name` is one of the common names of our column `ours`."""
+    return _plain(name) in map(_plain, KNOWN_NAMES[ours])
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """What [`as_ids`] makes of a column that was read: ids that look like accidents are refused or warned of."""
+    column = as_ids(column, where)
+    if not is_string(column.type):
+        return column
+    row = first_true(pc.match_substring(column, "\n"))
+    if row is not None:
+        raise DataError(
+            f"{where}: row {row + 1} holds {column[row].as_py()[:40]!r}, an id with a line break, as a stray quote "
+            "makes it of several rows; double the quotes in texts or take them out"
+        )
+    absent = column.filter(pc.is_in(column, value_set=NO_VALUES))
+    if len(absent):  # they stay: somebody may be called so
+        logger.warning(
+            "%s: %d rows have the id %s, which often stands for none; drop these rows if it does here",
+            where,
+            len(absent),
+            " or ".join(map(repr, pc.unique(absent).to_pylist())),
+        )
+    return column
 
 
 def times(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
@@ -126,20 +179,13 @@ def times(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 def seconds(values: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     """
     Times in seconds. Finer units are known by their size: as seconds they would lie after the year 5000. Dates written
-    as numbers (20170714) are known by being dates, most of them: as seconds they would lie in August 1970.
+    as numbers (20170714, 201707142359 or 20170714235959) are known by being dates, most of them: as seconds or
+    milliseconds they would lie in the seventies or after 2500.
     """
     lowest, highest = pc.min_max(values).as_py().values()
-    if pa.types.is_integer(values.type) and 19000101 <= lowest and highest <= 21001231:
-        # Not by Arrow, to which the 31st of February is the 3rd of March.
-        dates = pd.to_datetime(values.cast(pa.string()).to_pandas(), format="%Y%m%d", errors="coerce")
-        if dates.notna().mean() > 0.5:
-            row = first_true(dates.isna().to_numpy())
-            if row is not None:
-                raise DataError(f"{where}: row {row + 1} holds {values[row]}, which is no date; correct or drop it")
-            logger.info("%s: numbers that are dates (YYYYMMDD) are turned to seconds", where)
-            moments = pa.chunked_array([pa.array(dates.to_numpy().astype("datetime64[s]").astype("int64"))])
-            _refuse_impossible(moments, values, where)
-            return moments
+    dates = _written_as_numbers(values, where) if pa.types.is_integer(values.type) else None
+    if dates is not None:
+        return dates
     unit, parts = _unit(lowest)
     if _unit(highest) != (unit, parts):
         low, high = (first_true(pc.equal(values, value)) + 1 for value in (lowest, highest))
@@ -151,6 +197,34 @@ def seconds(values: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
         return values
     logger.info("%s: times in %sseconds are turned to seconds", where, unit)
     return whole(pc.divide(values.cast(pa.float64(), safe=False), parts))
+
+
+def _written_as_numbers(values: pa.ChunkedArray, where: str) -> pa.ChunkedArray | None:
+    """The seconds of dates whose digits were written as one number; `None` where most values are no such dates."""
+    lowest, highest = pc.min_max(values).as_py().values()
+    for finer, form, spelling in NUMBER_DATES:
+        if not (19000101 * finer <= lowest and highest < 21010101 * finer):
+            continue
+        # Not by Arrow, to which the 31st of February is the 3rd of March.
+        dates = pd.to_datetime(values.cast(pa.string()).to_pandas(), format=form, errors="coerce")
+        if dates.notna().mean() <= 0.5:
+            continue
+        row = first_true(dates.isna().to_numpy())
+        if row is not None:
+            raise DataError(f"{where}: row {row + 1} holds {values[row]}, which is no date; correct or drop it")
+        logger.info("%s: numbers that are dates (%s) are turned to seconds", where, spelling)
+        moments = pa.chunked_array([pa.array(dates.to_numpy().astype("datetime64[s]").astype("int64"))])
+        _refuse_impossible(moments, values, where)
+        return moments
+    return None
+
+
+def moment(value: Any, name: str) -> float:
+    """One time, given as the option `name`, in seconds; it means what it would in a log's column of times."""
+    try:
+        return seconds(times(pa.chunked_array([[value]]), name), name)[0].as_py()
+    except (DataError, pa.ArrowException) as error:
+        raise ConfigurationError(f"{name}={value!r} is no time; give seconds since 1970 or an ISO date") from error
 
 
 def _unit(time: float) -> tuple[str, float]:
@@ -194,23 +268,28 @@ def _numbers(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
         return pc.divide(microseconds.cast(pa.float64()), 1e6)
     if pa.types.is_temporal(kind) or pa.types.is_nested(kind):
         raise DataError(f"{where}: type {kind} is no moment; give seconds or dates")
+    # BigQuery writes its zone so.
+    texts = pc.replace_substring_regex(pc.utf8_trim_whitespace(column), " UTC$", "Z")
     for target in (pa.float64(), *(pa.timestamp(unit, zone) for unit in ("us", "ns") for zone in (None, "UTC"))):
         try:
-            parsed = column.cast(target)
+            parsed = texts.cast(target)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             continue
         return parsed if target == pa.float64() else _numbers(parsed, where)
-    raise DataError(f"{where}: {_why_unparsed(column)}")
+    raise DataError(f"{where}: {_why_unparsed(texts)}")
 
 
-def _why_unparsed(column: pa.ChunkedArray) -> str:
-    values = pd.Series(column.to_pandas())
+def _why_unparsed(texts: pa.ChunkedArray) -> str:
+    values = pd.Series(texts.to_pandas())
     bad = pd.to_numeric(values, errors="coerce").isna()
     if bad.all():  # dates, then
         bad = pd.to_datetime(values, errors="coerce", format="ISO8601", utc=True).isna()
-    row = first_true(bad.to_numpy())
-    if row is None:
-        return "some dates name a time zone and others do not; write them all in one way"
+        bad |= ~values.str.match(r"\d{4}-\d\d-\d\d([ T]|$)")  # pandas takes more for ISO 8601 than Arrow does
+        zoned = values.str.contains(r"[ T]\d.*(?:Z|[+-]\d\d(?::?\d\d)?)$")
+        if not bad.any() and zoned.any() and not zoned.all():
+            return "some dates name a time zone and others do not; write them all in one way"
+    row = first_true(bad.to_numpy()) or 0
     return (
-        f"row {row + 1} holds {values[row]!r}, which is neither a number nor an ISO date; correct it or drop the row"
+        f"row {row + 1} holds {values[row]!r}, which is neither a number nor an ISO date (2019-10-01 or "
+        "2019-10-01 12:30:00); correct it or drop the row"
     )

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from ..errors import ConfigurationError, DataError
 from .arrow import is_string, sorted_codes, to_dataset
-from .columns import times
+from .columns import moment
 from .interactions import log_table, sort_log
 
 
@@ -47,7 +47,8 @@ def filter_interactions(
         min_rating (`float`, *optional*):
             Interactions rated lower go.
         start_time, end_time (`float` or `str`, *optional*):
-            Interactions before the one and at or after the other go. Seconds since 1970, or an ISO date.
+            Interactions before the one and at or after the other go. Seconds since 1970, an ISO date, or whatever else
+            a log's column of times may hold.
         duplicates (`str`, *optional*, defaults to `"keep"`):
             What becomes of a user's repeated interactions with one item: `"keep"` them all, for people do come back;
             `"exact"` drops those that also share the time; `"first"` and `"last"` keep that one alone.
@@ -151,17 +152,10 @@ def _in_window(table: pa.Table, start: Any, end: Any) -> np.ndarray | None:
     time = table["timestamp"].to_numpy()
     keep = np.ones(len(time), bool)
     if start is not None:
-        keep &= time >= _moment(start)
+        keep &= time >= moment(start, "start_time")
     if end is not None:
-        keep &= time < _moment(end)
+        keep &= time < moment(end, "end_time")
     return keep
-
-
-def _moment(value: float | str) -> float:
-    try:
-        return times(pa.chunked_array([[value]]), "time window")[0].as_py()
-    except DataError as error:
-        raise ConfigurationError(str(error)) from error
 
 
 def _distinct(table: pa.Table, policy: str) -> np.ndarray | None:

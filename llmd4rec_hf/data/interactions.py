@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import DataError
-from .arrow import as_ids, sorted_codes, to_dataset, to_table
-from .columns import ratings, resolve_columns, seconds, times
+from .arrow import sorted_codes, to_dataset, to_table
+from .columns import ids, ratings, resolve_columns, seconds, times
 from .sources import open_source
 
 
@@ -28,7 +28,7 @@ def load_interactions(
     source: str | Path | pd.DataFrame | datasets.Dataset,
     *,
     format: str = "auto",
-    columns: dict[str, str] | None = None,
+    columns: dict[str, str | int] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> datasets.Dataset:
@@ -44,7 +44,7 @@ def load_interactions(
             dataset on the Hub, with a colon before the configuration if it has several.
         format (`str`, *optional*, defaults to `"auto"`):
             The name of the file's format; `"auto"` finds it by the content.
-        columns (`dict[str, str]`, *optional*):
+        columns (`dict[str, str or int]`, *optional*):
             Our column names mapped to those of the source, such as `{"user_id": "reviewerID"}`, or, for a text table
             whose first line names no columns, to their numbers from 0. Columns that are not named here are guessed
             from common names, and the guess is logged.
@@ -67,14 +67,13 @@ def load_interactions(
     if names is None:
         table = opened.read(None)
         names = table.column_names
-    mapping = {ours: str(theirs) for ours, theirs in (columns or {}).items()}
     wanted = ("user_id", "item_id", "timestamp", "position", "rating")
-    mapping = resolve_columns(names, mapping, where, wanted, required=2, hints=opened.hints)
+    mapping = resolve_columns(names, columns, where, wanted, required=2, hints=opened.hints)
     if table is None:
         table = opened.read(list(dict.fromkeys(mapping.values())))
     if table.num_rows == 0:
         raise DataError(f"{where}: holds no interactions; check how it was written")
-    log = {name: as_ids(table[mapping[name]], f"{where}, column {mapping[name]!r}") for name in ("user_id", "item_id")}
+    log = {name: ids(table[mapping[name]], f"{where}, column {mapping[name]!r}") for name in ("user_id", "item_id")}
     log.update(_order_columns(table, mapping, where))
     if "rating" in mapping:
         log["rating"] = ratings(table[mapping["rating"]])

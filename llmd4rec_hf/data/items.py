@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import ConfigurationError, DataError
-from .arrow import as_ids, first_true, is_string, to_dataset
-from .columns import KNOWN_NAMES, resolve_columns
+from .arrow import first_true, is_string, to_dataset
+from .columns import KNOWN_NAMES, ids, resolve_columns
 from .sources import open_source
 
 
@@ -44,7 +44,7 @@ def load_items(
     source: str | Path | pd.DataFrame | datasets.Dataset,
     *,
     format: str = "auto",
-    columns: dict[str, str] | None = None,
+    columns: dict[str, str | int] | None = None,
     text_template: str | None = None,
     max_text_length: int = 512,
     duplicates: str = "refuse",
@@ -59,8 +59,9 @@ def load_items(
             A file with one item per row, a folder that holds `items.*`, a table, or the id of a dataset on the Hub.
         format (`str`, *optional*, defaults to `"auto"`):
             The name of the file's format; `"auto"` finds it by the content.
-        columns (`dict[str, str]`, *optional*):
-            Our names `item_id` and `title` mapped to those of the source; common names are guessed.
+        columns (`dict[str, str or int]`, *optional*):
+            Our names `item_id` and `title` mapped to those of the source, or to their numbers from 0 as in
+            [`load_interactions`]; common names are guessed.
         text_template (`str`, *optional*):
             How an item is put into words, such as `"{title} ({brand}; {category})"`; the title alone by default. A
             field is a column, or `brand`, `category` or `description` by any of their common names. Where an item has
@@ -93,13 +94,19 @@ def load_items(
     where, table = opened.where, opened.read(None)
     hints = {**opened.hints, "item_id": (*opened.hints.get("item_id", ()), *KNOWN_NAMES["item_id"], "id")}
     names = resolve_columns(table.column_names, columns, where, ("item_id", "title"), required=1, hints=hints)
+    unknown = sorted(names.keys() - {"item_id", "title"})
+    if unknown:
+        raise ConfigurationError(
+            f"columns names {unknown[0]!r}; of a catalogue only item_id and title can be named: the others keep their "
+            "names, by which text_template finds them"
+        )
     if "title" not in names and resolve_columns(table.column_names, None, where, ("user_id",), required=0):
         raise DataError(f"{where}: has users and no titles, so it is a log and no catalogue; pass a file with titles")
-    ids = as_ids(table[names["item_id"]], f"{where}, column {names['item_id']!r}")
+    item_ids = ids(table[names["item_id"]], f"{where}, column {names['item_id']!r}")
     taken = {"item_id", "title", names["item_id"], names.get("title")}
     others = [name for name in table.column_names if name not in taken]
-    title = table[names["title"]] if "title" in names else pa.chunked_array([pa.nulls(len(ids), pa.string())])
-    catalogue = pa.table({"item_id": ids, "title": clean_text(title)} | {name: table[name] for name in others})
+    title = table[names["title"]] if "title" in names else pa.chunked_array([pa.nulls(len(item_ids), pa.string())])
+    catalogue = pa.table({"item_id": item_ids, "title": clean_text(title)} | {name: table[name] for name in others})
     catalogue = _one_row_per_item(catalogue, duplicates, where)
     if text_template is None and FINAL_TEXT in (table.schema.metadata or {}):
         return to_dataset(catalogue.replace_schema_metadata(None))
@@ -150,8 +157,9 @@ def _one_row_per_item(catalogue: pa.Table, duplicates: str, where: str) -> pa.Ta
     doubled = keys["item_id"].duplicated().to_numpy()
     row = first_true(doubled & ~same)
     if row is not None and duplicates == "refuse":
+        item = catalogue["item_id"][row].as_py()
         raise DataError(
-            f"{where}: item {keys['item_id'][row]!r} occurs more than once with different titles; keep one row of it: "
+            f"{where}: item {item!r} occurs more than once with different titles; keep one row of it: "
             "prepare.py --duplicate_items first, prepare(duplicate_items='first') or load_items(duplicates='first')"
         )
     if not doubled.any():
@@ -164,8 +172,9 @@ def _item_text(
     catalogue: pa.Table, template: str, max_length: int, where: str, hints: dict[str, tuple[str, ...]]
 ) -> pa.ChunkedArray:
     text = _fill_template(catalogue, template, where, hints)
-    others = [f.name for f in catalogue.schema if is_string(f.type) and f.name not in ("item_id", "title", "text")]
-    fallbacks = (_join([catalogue[name] for name in others]), catalogue["item_id"].cast(pa.string()))
+    others = [catalogue[name] for name in catalogue.column_names if name not in ("item_id", "title", "text")]
+    others = [column for column in others if is_string(column.type) and not _are_decimals(column)]
+    fallbacks = (_join(others), catalogue["item_id"].cast(pa.string()))
     for fallback, source in zip(fallbacks, ("their other columns", "their id"), strict=True):
         empty = pc.equal(text, "")
         filled = pc.sum(pc.and_(empty, pc.not_equal(fallback, ""))).as_py()
@@ -173,6 +182,11 @@ def _item_text(
             logger.warning("%s: %d items without a title are described by %s", where, filled, source)
         text = pc.if_else(empty, fallback, text)
     return pc.utf8_slice_codeunits(text, 0, max_length)
+
+
+def _are_decimals(column: pa.ChunkedArray) -> bool:
+    """Whether a column, prices say, is text only so that no digit of it is lost."""
+    return bool(pc.all(pc.match_substring_regex(column, r"^-?[0-9]+\.[0-9]+$")).as_py())
 
 
 def _fill_template(

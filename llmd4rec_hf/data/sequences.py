@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from ..errors import DataError
 from .arrow import to_dataset
+from .columns import moment
 from .interactions import log_table, sort_log
 from .vocabulary import ItemVocabulary
 
@@ -62,8 +63,8 @@ def split_by_time(
     interactions: datasets.Dataset,
     vocabulary: ItemVocabulary,
     *,
-    validation_time: float | None = None,
-    test_time: float | None = None,
+    validation_time: float | str | None = None,
+    test_time: float | str | None = None,
     validation_quantile: float = 0.8,
     test_quantile: float = 0.9,
 ) -> datasets.DatasetDict:
@@ -80,10 +81,10 @@ def split_by_time(
             What [`load_interactions`] returns, from a source with real timestamps.
         vocabulary ([`ItemVocabulary`]):
             Gives the internal ids; must know every item of the log, also those first met after the boundaries.
-        validation_time (`float`, *optional*):
-            First moment of the validation period, in the unit of `timestamp`; by default the time that a share
+        validation_time (`float` or `str`, *optional*):
+            First moment of the validation period, in seconds or as an ISO date; by default the time that a share
             `validation_quantile` of the interactions lies before.
-        test_time (`float`, *optional*):
+        test_time (`float` or `str`, *optional*):
             First moment of the test period; by default by `test_quantile`.
         validation_quantile (`float`, *optional*, defaults to 0.8):
             Used where `validation_time` is not given.
@@ -94,16 +95,17 @@ def split_by_time(
         `datasets.DatasetDict`: The columns of [`split_leave_one_out`].
 
     Raises:
-        `DataError`: The log has no clock, the boundaries are out of order, or a split is empty.
+        `ConfigurationError`: A time is none.
+        `DataError`: The log has no clock, the boundaries are out of range or order, or a split is empty.
     """
+    if not (0 <= validation_quantile <= 1 and 0 <= test_quantile <= 1):
+        raise DataError(f"quantiles {validation_quantile} and {test_quantile}; they must lie between 0 and 1")
     table, user, users, items = _sorted_items(interactions, vocabulary)
     if "position" in table.column_names:
         raise DataError("the log has positions, not times, and users cannot be compared; use split_leave_one_out()")
     time = table["timestamp"].to_numpy()
-    first, second = (
-        np.quantile(time, quantile, method="lower") if moment is None else moment
-        for moment, quantile in ((validation_time, validation_quantile), (test_time, test_quantile))
-    )
+    first = _boundary(time, validation_time, "validation_time", validation_quantile)
+    second = _boundary(time, test_time, "test_time", test_quantile)
     if not first < second:
         raise DataError(f"validation starts at {first} and test at {second}; validation must start first")
     before_first, before_second, all_counts = (
@@ -119,6 +121,10 @@ def split_by_time(
             raise DataError(f"no user falls into {name} with validation at {first} and test at {second}; move them")
     logger.info("validation from %s, test from %s: %s rows", first, second, {k: len(v) for k, v in splits.items()})
     return splits
+
+
+def _boundary(time: np.ndarray, given: float | str | None, name: str, quantile: float) -> float:
+    return np.quantile(time, quantile, method="lower").item() if given is None else moment(given, name)
 
 
 def split_by_ratio(
@@ -149,7 +155,7 @@ def split_by_ratio(
     Raises:
         `DataError`: The shares leave nothing for training, an item is unknown, or no user has three items.
     """
-    if min(validation_ratio, test_ratio) < 0 or validation_ratio + test_ratio >= 1:
+    if not (validation_ratio >= 0 and test_ratio >= 0 and validation_ratio + test_ratio < 1):  # nor may one be NaN
         raise DataError(f"ratios {validation_ratio} and {test_ratio}; they must be 0 or more and leave some for train")
     _, user, users, items = _sorted_items(interactions, vocabulary)
     lengths = np.bincount(user, minlength=len(users))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 from datasets.exceptions import DatasetNotFoundError
 
-from ..errors import DataError, first_line
+from ..errors import ConfigurationError, DataError, first_line
 from .arrow import from_pandas, to_table
 from .formats import DelimitedFormat, detect_format
 
@@ -57,6 +57,10 @@ def open_source(
     token: str | bool | None = None,
 ) -> Source | None:
     """`part` ("interactions" or "items") of `source`; `None` for a folder or Hub dataset that holds no items."""
+    if columns is not None and not isinstance(columns, Mapping):
+        raise ConfigurationError(
+            f"columns={columns!r}: expected our names with those of the source, as in {{'item_id': 'sku'}}"
+        )
     if isinstance(source, pd.DataFrame):
         names = [str(name) for name in source.columns]
         frame = source.set_axis(names, axis=1)
@@ -87,7 +91,7 @@ def _from_path(path: Path, part: str, format: str, columns: dict[str, Any] | Non
         raise DataError(f"{path}: no interactions.* in this folder; name the log interactions.csv, .parquet, ...")
     found, file = located
     if isinstance(found, DelimitedFormat) and _are_positions(columns, found.column_names(file)):
-        found = type(found)(has_header=False)
+        found = type(found)([int(place) for place in columns.values()])
     if part == "items":
         return Source(str(path), None, lambda _: found.read_items(file), found.hints)
     return Source(str(path), found.column_names(file), lambda chosen: found.read(file, chosen), found.hints)

@@ -52,6 +52,12 @@ def test_by_hand(options, expected):
     assert kept(**options) == expected
 
 
+@pytest.mark.parametrize("start", ["2020-01-01", "20200101", 20200101, 1577836800000, "1577836800", 202001010000])
+def test_a_time_means_what_it_does_in_a_log(start):
+    table = pd.DataFrame({"user_id": [1, 1], "item_id": [2, 3], "timestamp": ["2019-12-31 23:59:59", "2020-01-01"]})
+    assert filter_interactions(load_interactions(table), start_time=start)["item_id"] == [3]
+
+
 pairs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30)
 
 
@@ -71,7 +77,7 @@ def test_errors():
         kept(duplicates="drop")
     with pytest.raises(ConfigurationError, match="must be 1 or more and not below min_history"):
         kept(min_history=3, max_history=2)
-    with pytest.raises(ConfigurationError, match="neither a number nor an ISO date"):
+    with pytest.raises(ConfigurationError, match="start_time='soon' is no time; give seconds since 1970"):
         kept(start_time="soon")
     missing = pd.DataFrame({"user_id": [1, 1, 1], "item_id": [1, 2, 3], "rating": ["4", " ", ""]})
     assert filter_interactions(load_interactions(missing), min_rating=1)["item_id"] == [1]

@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 import gzip
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 
+from llmd4rec_hf.data import load_interactions, load_items
 from llmd4rec_hf.data.formats import FORMATS, detect_format, format_names
 from llmd4rec_hf.data.formats.base import infer_types
+from llmd4rec_hf.data.formats.tables import CSVFormat, TSVFormat
 from llmd4rec_hf.errors import DataError
 
 
@@ -17,6 +20,7 @@ CONTENTS = {
     "csv": b"user_id,item_id\n1,2\n",
     "tsv": b"user_id\ttitle, long\n1\tx, y\n",
     "jsonl": b'{"user_id": 1, "item_id": "a,b"}\n',
+    "semicolon": b"1;2;3,5;1000\n1;3;4;1001\n",
     "s3rec": b"1 2 3\n2 3\n",
     "parquet": None,
 }
@@ -32,6 +36,11 @@ def test_exactly_one_format_matches(tmp_path, name, zipped):
         path.write_bytes(gzip.compress(CONTENTS[name]) if zipped else CONTENTS[name])
     assert [format.name for format in FORMATS if format.matches(path)] == [name]
     assert detect_format(path).name == name
+
+
+def test_a_list_between_semicolons_is_a_field_of_csv(tmp_path):
+    (tmp_path / "log").write_text("1,Toy Story,Animation;Children;Comedy;Fantasy\n2,Heat,Crime\n")
+    assert [format.name for format in FORMATS if format.matches(tmp_path / "log")] == ["csv"]
 
 
 @pytest.mark.parametrize("name", ["csv", "jsonl", "s3rec"])
@@ -69,7 +78,10 @@ def test_names_are_unique():
         (["1", " 7"], pa.string()),
         (["1", ""], pa.string()),
         (["1", str(2**63)], pa.string()),
-        (["1.5", "2.0"], pa.float64()),
+        (["1.0", "-20.0"], pa.float64()),
+        (["1.5", "2.0"], pa.string()),
+        (["1.0", "1.00"], pa.string()),
+        (["1.0", "007.0"], pa.string()),
         (["1e5", "2e5"], pa.string()),
         (["nan", "inf"], pa.string()),
     ],
@@ -98,3 +110,140 @@ def test_ids_after_a_block_of_numbers_stay_text(tmp_path):
     lines = "".join(f"1,{row}\n" for row in range(3_000_000))
     path.write_text("user_id,item_id\n" + lines + "1,B0\n")
     assert detect_format(path).read(path)["item_id"].type == pa.string()
+
+
+UNRECOGNISED = {
+    "zip": (b"PK\x03\x04\x00\x00", "zip archive .* unzip it or save it as CSV"),
+    "UTF-16": ("user,item\n1,2\n".encode("utf-16"), "UTF-16: save it as UTF-8"),
+    "JSON by columns, numbers": (b'{"user_id": [1, 1], "item_id": [2, 3]}', "JSON by columns: write one object per"),
+    "JSON by columns, texts": (b'{\n "user": ["a"],\n "item": ["x"]}', "JSON by columns"),
+    "JSON by columns, pandas": (b'{"asin": {"0": "a"}, "user": {"0": "x"}}', "JSON by columns"),
+    "header between blanks": (b"user_id item_id timestamp\n1 10 881250949\n", "a header .* separate them by tabs"),
+    "times between blanks": (b"1 10 881250949\n1 11 881250950\n", "a user, an item and a time; write them with tabs"),
+    "ratings too": (b"1 10 5 881250949.5\n2 11 4 881250950\n", "format='s3rec' reads them as a user and items"),
+    "dates between blanks": (b"u a 2019-10-01\nv b 2019-10-02\n", "a user, an item and a time"),
+    "prose": (b"hello\n", "known formats are folder, parquet"),
+}
+
+
+@pytest.mark.parametrize("case", UNRECOGNISED)
+def test_what_is_not_recognised_is_named_where_one_can_tell(tmp_path, case):
+    content, message = UNRECOGNISED[case]
+    (tmp_path / "log").write_bytes(content)
+    with pytest.raises(DataError, match=f"log: format not recognised; .*{message}"):
+        detect_format(tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dataset_dict.json", "pass datasets.load_from_disk"),
+        ("state.json", "pass datasets.load_from_disk"),
+        ("part-0.parquet", r'pass datasets.load_dataset\("parquet"'),
+    ],
+)
+def test_a_folder_of_others_is_named(tmp_path, name, message):
+    (tmp_path / name).write_text("x")
+    with pytest.raises(DataError, match=f"format not recognised; .*{message}"):
+        detect_format(tmp_path)
+
+
+class TestLinesBetweenBlanks:
+    def read(self, path, text, format="auto"):
+        path.write_text(text)
+        return detect_format(path, format).read(path).to_pydict()
+
+    def test_are_read_as_told(self, tmp_path):
+        expected = {"user_id": [1, 1], "item_id": [10, 881250949]}
+        assert self.read(tmp_path / "log", "1 10 881250949\n", "s3rec") == expected
+
+    @pytest.mark.parametrize("last", ["3 4\n", "3 4 5\n", "3 4 5 900000000\n"])
+    def test_large_ids_are_no_times_where_a_later_line_says_so(self, tmp_path, last):
+        text = "1 10 881250949\n" * 30 + last
+        assert len(self.read(tmp_path / "log", text)["user_id"]) == 60 + len(last.split()) - 1
+
+
+class TestQuotes:
+    def read(self, path, text):
+        path.write_text(text)
+        return detect_format(path).read(path).to_pydict()
+
+    @pytest.mark.parametrize(
+        ("written", "title"),
+        [
+            (r'"a \"b\" c"', 'a "b" c'),
+            (r'"\"b\""', '"b"'),
+            (r'"12\""', '12"'),
+            (r'"a ""b"" c"', 'a "b" c'),
+            (r'"a\"', "a\\"),  # a backslash of the text
+            (r'"a \""b\"""', r"a \"b\""),
+            (r"C:\new", r"C:\new"),
+        ],
+    )
+    def test_may_have_a_backslash_before_them(self, tmp_path, caplog, written, title):
+        text = f"item_id,title,c\n1,{written},X\n2,b,Y\n"
+        assert self.read(tmp_path / "items", text) == {"item_id": [1, 2], "title": [title, "b"], "c": ["X", "Y"]}
+        assert not caplog.records
+
+    def test_that_swallow_rows_are_warned_of(self, tmp_path, caplog):
+        text = 'user,item,time,device\n1,2,3,"iphone\n1,3,4,b\n1,4,5,"c"\n'
+        (tmp_path / "log").write_text(text)
+        found = detect_format(tmp_path / "log")
+        assert found.read(tmp_path / "log", ["user", "item"]).num_rows == 1  # whatever columns are read
+        assert "2 line breaks lie within quotes; if its texts have none, a stray quote has swallowed" in caplog.text
+
+    @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+    def test_blank_lines_are_no_rows_swallowed(self, tmp_path, caplog, end):
+        text = "\n\nuser,item\n\n\n1,2\n\n3,4".replace("\n", end)
+        assert self.read(tmp_path / "log", text) == {"user": [1, 3], "item": [2, 4]}
+        assert not caplog.records
+
+
+def test_names_of_columns(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text('"user\nid",item_id\n1,2\n')
+    assert CSVFormat().read(path, ["item_id", "user\nid"]).to_pydict() == {"item_id": [2], "user\nid": [1]}
+    path.write_text('"user"\titem\n1\t2\n')
+    assert TSVFormat().read(path, ["item", '"user"']).column_names == ["item", '"user"']
+    path.write_bytes("user,café\n".encode() + b"1,2\n" * (1 << 15) + "1,café\n".encode("latin-1"))
+    with pytest.raises(DataError, match="log.csv: .*'café'.* as cp1252; save the file as UTF-8"):
+        CSVFormat().read(path, ["user", "café"])
+    path.write_bytes(b"\x00\x01")
+    with pytest.raises(DataError, match="log.csv: holds no lines of text"):
+        CSVFormat().read(path)
+
+
+OTHERS = {
+    "table": "user_id,item_id,timestamp\n1,2,3\n",
+    "record": '{"user_id": 1, "item_id": 2}\n',
+    "map": '{"7": ["a"], "3": ["b"]}',
+    "number": "5\n",
+    "lines": "1 2 3\n4 5\n",
+    "words": "hello world\nfoo\n",
+    "colons": "1::a\n2\n",
+    "binary": "\x00\x01",
+}
+
+
+@pytest.mark.parametrize("content", OTHERS)
+@pytest.mark.parametrize("name", format_names())
+def test_a_format_named_for_what_is_in_another_is_at_worst_an_error_of_the_data(tmp_path, name, content):
+    (tmp_path / "file").write_text(OTHERS[content])
+    for load in (load_interactions, load_items):
+        with suppress(DataError):
+            load(tmp_path / "file", format=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bigrec", "no column 'history_item_id', without which it is not bigrec; leave format out"),
+        ("dllm2rec", "no column 'seq', without which it is not dllm2rec"),
+        ("llara", "line 1 holds no '::' before a name"),
+        ("folder", "is a file and no folder"),
+    ],
+)
+def test_a_format_named_for_a_table_is_refused(tmp_path, name, message):
+    (tmp_path / "log.csv").write_text(OTHERS["table"])
+    with pytest.raises(DataError, match=f"log.csv: {message}"):
+        load_interactions(tmp_path / "log.csv", format=name)

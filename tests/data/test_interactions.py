@@ -123,10 +123,17 @@ class TestColumns:
             ("1,1193,5,978300760\n1,661,3,978302109\n", ["0", "1", "3"], [(1, 1193), (1, 661)]),
             ("u,i,9\nv,i,8\n", [0, 1, 2], [("u", "i"), ("v", "i")]),
             ("3,2,1\n7,8,9\n", ["1", "0"], [(2, 3), (8, 7)]),
+            ("Kunde,Ding\n7,a\n8,b\n", [0, 1], [(7, "a"), (8, "b")]),  # a header: no user is a word but this one
+            ("Kunde,Kunde\n7,a\n8,b\n", [0, 1], [(7, "a"), (8, "b")]),
+            ("u:token\ti:token\nx\t5\n", [0, 1], [("x", 5)]),
+            ("u,i\nv,j\n", [0, 1], [("u", "i"), ("v", "j")]),
+            ("u,B0\nv,77\nw,B2\n", [0, 1], [("u", "B0"), ("v", "77"), ("w", "B2")]),
+            ("u,i,\nv,j,7\n", [0, 1], [("u", "i"), ("v", "j")]),
+            ("u,i\n", [0, 1], [("u", "i")]),
         ],
     )
     def test_columns_by_number(self, tmp_path, lines, columns, expected):
-        """Whatever the first line's values are: they may be such numbers themselves."""
+        """Whatever the first line's values are, they may be such numbers themselves; but a header is no row."""
         (tmp_path / "log.csv").write_text(lines)
         names = dict(zip(("user_id", "item_id", "timestamp"), columns, strict=False))
         log = load_interactions(tmp_path / "log.csv", columns=names)
@@ -142,15 +149,37 @@ class TestColumns:
         del columns["time"]
         assert load_interactions(table, columns=columns)["item_id"] == [4, 3]
 
+    def test_a_date_and_a_time_are_no_moment_alone(self):
+        table = pd.DataFrame({"user": [1, 1], "item": [3, 4], "Date": ["2019-10-02", "2019-10-01"], "time": [5, 6]})
+        with pytest.raises(DataError, match="which of 'Date' and 'time' is the moment.*columns={'timestamp': 'Date'}"):
+            load_interactions(table)
+        assert load_interactions(table, columns={"timestamp": "Date"})["item_id"] == [4, 3]
+        assert load_interactions(table, columns={"timestamp": "time"})["item_id"] == [3, 4]
+        assert load_interactions(table.assign(unix_time=[8, 7]))["timestamp"] == [7, 8]
+
     def test_ids_keep_leading_zeros(self, tmp_path):
         (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n1,0012,1\n1,34,2\n")
         assert load_interactions(tmp_path / "log.csv")["item_id"] == ["0012", "34"]
+
+    def test_ids_that_look_like_decimals_keep_every_digit(self, tmp_path):
+        (tmp_path / "log.csv").write_text("user_id,item_id,timestamp,rating\n1.0,10.10,1.5,4.5\n2.0,10.1,2.5,3.0\n")
+        log = load_interactions(tmp_path / "log.csv")
+        assert (log["user_id"], log["item_id"]) == ([1, 2], ["10.10", "10.1"])
+        assert (log["timestamp"], log["rating"]) == ([1.5, 2.5], [4.5, 3.0])
+
+    @pytest.mark.parametrize("name", ["NULL", "\\N", "nan", "None", "<NA>"])
+    def test_an_id_that_often_stands_for_none_is_warned_of_and_stays(self, tmp_path, caplog, name):
+        (tmp_path / "log.csv").write_text(f"user_id,item_id,timestamp\n{name},a,1\nu,b,2\n{name},c,3\n")
+        assert load_interactions(tmp_path / "log.csv")["user_id"].count(name) == 2
+        assert f"column 'user_id': 2 rows have the id {name!r}, which often stands for none" in caplog.text
 
     def test_ids_that_pandas_made_floats_are_integers_again(self):
         assert load_interactions(frame((1.0, 16713.0, 1)))["item_id"] == [16713]
 
     def test_mixed_ids_become_strings(self):
         assert load_interactions(frame((1, "a", 1), ("1", "b", 2)))["user_id"] == ["1", "1"]
+        with pytest.raises(DataError, match="row 3 has no id"):
+            load_interactions(frame((1, "a", 1), ("1", "b", 2), (pd.NA, "c", 3)))
 
     def test_unsigned_hashes_survive(self):
         table = pa.table({"user_id": pa.array([2**64 - 1], pa.uint64()), "item_id": [1], "timestamp": [1]})
@@ -212,6 +241,10 @@ class TestOrder:
             ([20170714, 20170715], [1499990400, 1500076800]),
             ([20170714, 20170799], [20170714, 20170799]),
             (["20170714", "20170715"], [1499990400, 1500076800]),
+            ([201707140001, 201707150000], [1499990460, 1500076800]),
+            (["20170714000001", "20170715000000"], [1499990401, 1500076800]),
+            ([" 5", "6 "], [5, 6]),
+            (["2015-03-02 00:00:10 UTC", "2015-03-02 00:00:11.000 UTC "], [1425254410, 1425254411]),
             (["2015-03-02 00:00:10.123456789", "2015-03-02 00:00:11.000000001"], [1425254410.123456, 1425254411.0]),
             (["2015-03-02 00:00:10.500000000Z", "2015-03-02 00:00:11.000000000Z"], [1425254410.5, 1425254411.0]),
         ],
@@ -235,14 +268,14 @@ BAD_FILES = {
     "infinite time": (b"user_id,item_id,timestamp\n1,a,1\n1,b,inf\n", "row 2 holds inf"),
     "ragged row": (b"user_id,item_id,timestamp\n1,a,1\n1,b\n", "Expected 3 columns, got 2"),
     "doubled column": (b"user_id,item_id,item_id\n1,a,1\n", "'item_id' occurs more than once"),
-    "fractional ids": (b"user_id,item_id,timestamp\n1,1.0,1\n1,1.5,2\n", "row 2 holds 1.5; ids must be"),
+    "rows in one id": (b'user_id,item_id,timestamp\n1,"a,1\n1,b",2\n', "row 1 holds 'a,1\\n1,b', an id with a line"),
     "pickle": (pickle.dumps({"user_id": [1]}), "this is a pickle"),
     "old pickle": (pickle.dumps([1, 2], protocol=0), "this is a pickle"),
     "zipped pickle": (gzip.compress(pickle.dumps([1])), "this is a pickle"),
     "zip": (b"PK\x03\x04\x00\x00", "format not recognised"),
     "prose": (b"hello\n", "format not recognised"),
     "torn JSON array": (b'[{"user_id": 1, "item_id": 2}', "not valid JSON"),
-    "JSON array of numbers": (b'[{"user_id": 1, "item_id": 2}, 3]', "elements are not all objects"),
+    "JSON array of numbers": (b'[{"user_id": 1, "item_id": 2}, 3]', "elements are all objects; write one"),
     "broken JSON": (b'{"user_id": 1, "item_id": 2}\n{"user_id": 1', "not valid JSON lines"),
     "broken parquet": (b"PAR1abc", "damaged parquet"),
     "torn gzip": (gzip.compress(CSV.encode() * 50)[:40], "cannot be read"),
@@ -269,11 +302,22 @@ class TestBadInput:
             (frame((1, 2, 1_600_000_000_000), (1, 3, 0)), "row 2 holds 0 and row 1 1600000000000, .* different units"),
             (frame((1, 2, 1_600_000_000), (1, 3, 1_600_000_000_000)), "row 1 holds 1600000000 and row 2"),
             (frame((1, 2, "2020-01-01 00:00:00Z"), (1, 3, "2020-01-01 00:00:00")), "some dates name a time zone"),
+            (frame((1, 2, "2019-10-01T12Z"), (1, 3, "2019-10-02")), "some dates name a time zone"),
+            (
+                frame((1, 2, "2019-10-01"), (1, 3, "2019/10/01")),
+                "row 2 holds '2019/10/01', which is neither a number nor",
+            ),
+            (
+                frame((1, 2, "2019-10-01"), (1, 3, "2019-10")),
+                "row 2 holds '2019-10', which is neither a number nor an",
+            ),
             (frame((1, 2, datetime.time(9, 30))), r"type time64\[us\] is no moment"),
             (frame((1, 2, datetime.timedelta(3))), r"type duration\[us\] is no moment"),
             (frame((1, 2, 19690101), (1, 3, 19700101)), "row 1 holds 19690101, which is no time"),
             (frame((1, 2, 20170131), (1, 3, 20170231), (1, 4, 20170301)), "row 2 holds 20170231, which is no date"),
+            (frame((1, 2, 20170131235959), (1, 3, 20170131240000), (1, 4, 20170301000000)), "row 2 .* is no date"),
             (frame((1, 2, 3), (1, "", 4)), "row 2 has no id"),
+            (frame((1, 1.0, 3), (1, 1.5, 4)), "row 2 holds 1.5; ids must be integers or strings"),
             (frame((1, 2.0**53, 3)), "row 1 holds 9007199254740992.0; ids must be integers or strings"),
             (frame((1, True, 3)), "type bool cannot be an id"),
             (frame((1, (1, 2), 3)), "cannot be an id"),
@@ -383,71 +427,6 @@ class TestDescribe:
             describe_interactions(datasets.Dataset.from_dict({"user_id": [1], "item_id": [1]}))
         with pytest.raises(DataError, match="expected a datasets.Dataset, got DataFrame"):
             describe_interactions(self.log)
-
-
-class TestItems:
-    def test_text_is_cleaned_and_never_empty(self, caplog):
-        table = pd.DataFrame(
-            {
-                "asin": ["a", "b", "c", "d"],
-                "title": ["Salt &amp; \n Pepper\u00a0 ", None, "  ", "x" * 600],
-                "brand": ["A", "Acme", None, "D"],
-                "category": ["", "Home &gt; Bath", None, "D"],
-            }
-        )
-        items = load_items(table)
-        assert items["text"] == ["Salt & Pepper", "Acme, Home > Bath", "c", "x" * 512]
-        assert items["title"][:2] == ["Salt & Pepper", ""]
-        assert items.column_names == ["item_id", "title", "brand", "category", "text"]
-        assert "1 items without a title are described by their other columns" in caplog.text
-        assert "1 items without a title are described by their id" in caplog.text
-
-    def test_quoted_titles(self, tmp_path):
-        (tmp_path / "items.csv").write_text('item_id,title\n1,"Mug, ""big""\nand blue"\n2,Café\n')
-        assert load_items(tmp_path / "items.csv")["text"] == ['Mug, "big" and blue', "Café"]
-
-    def test_stray_quotes_in_tsv_swallow_nothing(self, tmp_path):
-        (tmp_path / "items.tsv").write_text('item_id\ttitle\n1\t"Weird Al\n2\t7" single\n')
-        assert load_items(tmp_path / "items.tsv")["text"] == ['"Weird Al', '7" single']
-
-    def test_template(self):
-        table = pd.DataFrame({"item_id": [1, 2], "title": ["Boot", "Tent"], "price": [9, 10]})
-        assert load_items(table, text_template="{title} for {price}")["text"] == ["Boot for 9", "Tent for 10"]
-        with pytest.raises(DataError, match="names 'colour'; the columns are item_id, title, price"):
-            load_items(table, text_template="{colour}")
-        with pytest.raises(ConfigurationError, match="text_template"):
-            load_items(table, text_template="{title")
-        with pytest.raises(ConfigurationError, match="text_template 'Boot' names no field"):
-            load_items(table, text_template="Boot")
-        with pytest.raises(ConfigurationError, match="max_text_length=0"):
-            load_items(table, max_text_length=0)
-
-    def test_only_an_empty_field_takes_its_brackets_along(self):
-        titles = ["Freezer bag (-18 °C)", "Freezer bag (-18 °C)", "- Band - ()"]
-        table = pd.DataFrame({"item_id": [1, 2, 3], "title": titles, "brand": ["Acme", "", "x"]})
-        expected = ["Freezer bag (-18 °C) [Acme]", "Freezer bag (18 °C)", "- Band - () [x]"]
-        assert load_items(table, text_template="{title} [{brand}]")["text"] == expected
-
-    def test_what_is_missing_inside_a_list(self):
-        lists = [["a", None, "b"], [], None, [None], ["c"]]
-        table = pd.DataFrame({"item_id": range(5), "title": "x", "category": lists})
-        expected = ["x: a, b", "x", "x", "x", "x: c"]
-        assert load_items(table, text_template="{title}: {category}")["text"] == expected
-
-    def test_titles_that_are_numbers_stay_text(self, tmp_path):
-        (tmp_path / "items.csv").write_text("item_id,title\n1,1984\n2,300\n")
-        assert load_items(tmp_path / "items.csv")["text"] == ["1984", "300"]
-
-    def test_without_any_text(self):
-        assert load_items(pd.DataFrame({"item_id": [7], "price": [1]}))["text"] == ["7"]
-
-    def test_loading_twice_changes_nothing(self):
-        items = load_items(pd.DataFrame({"item_id": [7, 8], "title": ["a", ""], "brand": ["x", "y"]}))
-        assert load_items(items).to_dict() == items.to_dict()
-
-    def test_duplicates(self):
-        with pytest.raises(DataError, match="item 'a' occurs more than once"):
-            load_items(pd.DataFrame({"item_id": ["a", "b", "a"], "title": ["x", "y", "z"]}))
 
 
 class TestSharedSets:

@@ -66,6 +66,14 @@ class TestAmazon:
         assert items[-1]["price"] == "$2"
 
 
+def test_a_field_that_comes_only_at_the_end(tmp_path):
+    lines = [{"item_id": i, "title": "x", "n": i} for i in range(600)]
+    path = write(tmp_path / "items.jsonl", *lines, {"item_id": 600, "title": "y", "n": "many", "brand": "Acme"})
+    items = load_items(path, text_template="{title} ({brand})")
+    assert (items[0]["text"], items[600]["text"]) == ("x", "y (Acme)")
+    assert items[600]["n"] == "many"  # what a field is in the first records counts, and it is there
+
+
 def test_steam_is_parsed_and_never_run(tmp_path):
     review = "{u'username': u'O\\'Neil', u'hours': 0.1, u'product_id': u'725280', u'date': u'2017-12-17', u'text': %s}"
     path = write(
@@ -225,11 +233,16 @@ class TestEncodingsOfRecords:
         path.write_bytes(RECORD_FILES[kind].format(*titles).encode(encoding))
         return detect_format(path).read(path)["title"].to_pylist()
 
-    @pytest.mark.parametrize(("titles", "level"), [(["Café", "Tee"], "INFO"), ([LATE, "Café"], "WARNING")])
-    def test_latin_1(self, tmp_path, caplog, kind, titles, level):
+    @pytest.mark.parametrize(("titles", "level"), [(["“Café”", "5 €"], "INFO"), ([LATE, "Café"], "WARNING")])
+    def test_windows_1252(self, tmp_path, caplog, kind, titles, level):
         with caplog.at_level("INFO"):
-            assert self.titles(tmp_path / "items", kind, *titles, encoding="latin-1") == titles
-        assert [record.levelname for record in caplog.records if "reading it as Latin-1" in record.message] == [level]
+            assert self.titles(tmp_path / "items", kind, *titles, encoding="cp1252") == titles
+        assert [record.levelname for record in caplog.records if "reading it as Windows" in record.message] == [level]
+
+    def test_latin_1_where_windows_has_no_such_character(self, tmp_path, caplog, kind):
+        with caplog.at_level("INFO"):
+            assert self.titles(tmp_path / "items", kind, "Café\x81", "Tee", encoding="latin-1") == ["Café\x81", "Tee"]
+        assert "reading it as Latin-1" in caplog.text
 
     def test_separators_of_unicode_end_no_line(self, tmp_path, kind):
         titles = ["one\u2028two", "three\u0085four"]

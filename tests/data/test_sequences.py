@@ -8,8 +8,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llmd4rec_hf.data import ItemVocabulary, data_hash, load_interactions, split_by_time, split_leave_one_out
-from llmd4rec_hf.errors import DataError
+from llmd4rec_hf.data import (
+    ItemVocabulary,
+    data_hash,
+    load_interactions,
+    split_by_ratio,
+    split_by_time,
+    split_leave_one_out,
+)
+from llmd4rec_hf.errors import ConfigurationError, DataError
 
 
 def log(sequences, times=None):
@@ -123,6 +130,21 @@ class TestByTime:
             split(interactions, split_by_time, validation_time=3, test_time=3)
         with pytest.raises(DataError, match="no user falls into test"):
             split(interactions, split_by_time, validation_time=2, test_time=30)
+        with pytest.raises(ConfigurationError, match="test_time='soon' is no time"):
+            split(interactions, split_by_time, validation_time=2, test_time="soon")
+        with pytest.raises(DataError, match="quantiles 0.8 and 2; they must lie between 0 and 1"):
+            split(interactions, split_by_time, test_quantile=2)
+
+    def test_dates(self):
+        interactions = log({1: [1, 2, 3, 4]}, {1: ["2020-01-01", "2020-01-02", "2020-01-03", "2020-01-04"]})
+        splits = split(interactions, split_by_time, validation_time="2020-01-03", test_time=20200104)
+        assert by_user(splits["validation"]) == {1: [1, 2, 3]}
+
+
+@pytest.mark.parametrize("ratios", [(-0.1, 0.1), (0.5, 0.5), (float("nan"), 0.1)])
+def test_ratios_leave_some_for_train(ratios):
+    with pytest.raises(DataError, match="must be 0 or more and leave some for train"):
+        split(log({1: [1, 2, 3]}), split_by_ratio, validation_ratio=ratios[0], test_ratio=ratios[1])
 
 
 class TestDataHash:

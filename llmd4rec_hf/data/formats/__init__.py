@@ -11,8 +11,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import ConfigurationError, DataError
-from .base import Format, find_one, refuse_unreadable
-from .jsons import AmazonFormat, JSONArrayFormat, JSONLinesFormat, PythonLinesFormat, SteamFormat, YelpFormat
+from .base import Format, find_one, head, refuse_unreadable
+from .jsons import (
+    AmazonFormat,
+    JSONArrayFormat,
+    JSONLinesFormat,
+    PythonLinesFormat,
+    SteamFormat,
+    YelpFormat,
+    is_by_columns,
+)
 from .llm import (
     AttributesFormat,
     BIGRecFormat,
@@ -33,7 +41,7 @@ from .tables import (
     SemicolonFormat,
     TSVFormat,
 )
-from .text import E4SRecFormat, IDGenRecFormat, S3RecFormat
+from .text import E4SRecFormat, IDGenRecFormat, S3RecFormat, misread_table
 
 
 __all__ = [
@@ -57,6 +65,8 @@ class FolderFormat(Format):
         return False
 
     def locate(self, path: Path, part: str) -> tuple[Format, Path] | None:
+        if path.is_file():
+            raise DataError(f"{path}: is a file and no folder; leave the format out or name the file's own")
         file = find_one(path, self.log_files if part == "interactions" else self.item_files)
         if file is None:
             return None
@@ -123,5 +133,23 @@ def detect_format(path: Path, name: str = "auto") -> Format:
     for format in FORMATS:
         if format.name == name or (name == "auto" and format.matches(path)):
             return format
-    names = ", ".join(format_names()[1:])
-    raise DataError(f"{path}: format not recognised; known formats are {names} (choose one with `format`)")
+    raise DataError(f"{path}: format not recognised; {_hint(path)}")
+
+
+def _hint(path: Path) -> str:
+    """What a path in no known format is, where one can tell, and what to do."""
+    known = f"known formats are {', '.join(format_names()[1:])} (choose one with `format`)"
+    if path.is_dir():
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            return "it was saved by `datasets`: pass datasets.load_from_disk(...), of several splits the one you mean"
+        if any(path.glob("*.parquet")):
+            return 'a folder of parquet files: pass datasets.load_dataset("parquet", data_files=..., split="train")'
+        return known
+    content = head(path)
+    if content.startswith(b"PK\x03\x04"):
+        return "this is a zip archive (or a spreadsheet, which is one): unzip it or save it as CSV"
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "this is UTF-16: save it as UTF-8"
+    if is_by_columns(path):
+        return "this is JSON by columns: write one object per row, or pass pandas.DataFrame(json.load(open(...)))"
+    return misread_table(path) or known

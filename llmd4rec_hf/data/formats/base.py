@@ -5,19 +5,22 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import logging
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
 from ...errors import DataError, first_line
+from ..arrow import first_true
 
 
 logger = logging.getLogger(__name__)
@@ -114,7 +117,10 @@ def refuse_unreadable(path: Path) -> None:
 
 
 def infer_types(table: pa.Table) -> pa.Table:
-    """Turns text columns into numbers where every value allows it without losing a character (`007` stays text)."""
+    """
+    Turns text columns into numbers where every value allows it without losing a character (`007` stays text, and so
+    does `10.50`), or where all are what pandas makes of integers (`7.0`).
+    """
     names, columns = table.column_names, table.columns
     del table  # so that the text of a column is freed as soon as its numbers are there
     for index in range(len(columns)):
@@ -132,7 +138,7 @@ def _infer(column: pa.ChunkedArray) -> pa.ChunkedArray:
         pass
     try:
         numbers = column.cast(pa.float64())
-        if pc.all(pc.match_substring_regex(column, r"^-?[0-9]+\.[0-9]+$")).as_py():
+        if pc.all(pc.match_substring_regex(column, r"^-?(0|[1-9][0-9]*)\.0$")).as_py():
             return numbers
     except pa.ArrowInvalid:
         pass
@@ -173,25 +179,46 @@ def text_head(path: Path, size: int = HEAD_BYTES) -> str:
         return ""
     if len(content) == size and b"\n" in content:
         content = content[: content.rindex(b"\n")]
-    return (_utf8(content) or content.decode("latin-1")).lstrip("\ufeff")
+    return _text(content)
 
 
-def _utf8(content: bytes) -> str | None:
-    """The beginning of a file as text, if it is UTF-8; it may end within a character."""
+def text_tail(path: Path, size: int = HEAD_BYTES) -> str:
+    """The last whole lines of a text file; empty for a gzipped one, all of which would have to be read for them."""
+    with open(path, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            return ""
+        start = max(file.seek(0, os.SEEK_END) - size, 0)
+        file.seek(start)
+        content = file.read()
+    return _text(content[content.find(b"\n") + 1 :] if start else content)
+
+
+def _text(content: bytes) -> str:
+    texts = (_beginning(content, encoding) for encoding in ("utf-8", "cp1252", "latin-1"))
+    return next(text for text in texts if text is not None).lstrip("\ufeff")
+
+
+def _beginning(content: bytes, encoding: str) -> str | None:
+    """The beginning of a file as text, if it is in `encoding`; it may end within a character."""
     try:
-        return codecs.getincrementaldecoder("utf-8")().decode(content)
+        return codecs.getincrementaldecoder(encoding)().decode(content)
     except UnicodeDecodeError:
         return None
 
 
 def encodings(path: Path, content: bytes | None = None) -> Iterator[str]:
-    """How to decode `path`, or its `content`: as UTF-8 and, where that fails, as Latin-1, which cannot fail."""
+    """
+    How to decode `path`, or its `content`: as UTF-8; where that fails, as Windows-1252, which is Latin-1 with quotes
+    and dashes; and where that has no such character, as Latin-1, which cannot fail.
+    """
     # The head is looked at because Arrow says of values that they are not UTF-8, of a table's header it does not.
-    if _utf8(head(path) if content is None else content[:HEAD_BYTES]) is None:
-        logger.info("%s is not UTF-8: reading it as Latin-1", path)
+    if _beginning(head(path) if content is None else content[:HEAD_BYTES], "utf-8") is None:
+        logger.info("%s is not UTF-8: reading it as Windows-1252", path)
     else:
         yield "utf-8"
-        logger.warning("%s begins as UTF-8 and does not go on so: reading it as Latin-1", path)
+        logger.warning("%s begins as UTF-8 and does not go on so: reading it as Windows-1252", path)
+    yield "cp1252"
+    logger.info("%s is not Windows-1252 either: reading it as Latin-1", path)
     yield "latin-1"
 
 
@@ -221,8 +248,17 @@ def first_text_line(path: Path) -> str:
 
 
 def read_lines(path: Path) -> pa.ChunkedArray:
-    """All lines that are not blank, trimmed; UTF-8 or else Latin-1."""
+    """All lines that are not blank, trimmed."""
     return pc.utf8_trim_whitespace(read_delimited(path, UNIT_SEPARATOR, names=["line"])["line"])
+
+
+def read_names(path: Path, separator: str) -> pa.Table:
+    """A catalogue of lines that hold an item, a separator and the item's name."""
+    fields = pc.split_pattern(read_lines(path), separator, max_splits=1)
+    row = first_true(pc.less(pc.list_value_length(fields), 2))
+    if row is not None:
+        raise DataError(f"{path}: line {row + 1} holds no {separator!r} before a name; mend it or name another format")
+    return pa.table({"item_id": pc.list_element(fields, 0), "title": pc.list_element(fields, 1)})
 
 
 def read_delimited(
@@ -240,7 +276,7 @@ def read_delimited(
 
     Args:
         path (`Path`):
-            The file, optionally gzipped; UTF-8, or else Latin-1.
+            The file, optionally gzipped, in any of the [`encodings`].
         delimiter (`str`):
             One character.
         quote (`str` or `bool`, *optional*, defaults to `False`):
@@ -255,14 +291,68 @@ def read_delimited(
             Read instead of the file, which then only names it in errors.
     """
     text = dict.fromkeys(names or header or [], pa.string())
-    parse = pa.csv.ParseOptions(delimiter=delimiter, quote_char=quote, newlines_in_values=bool(quote))
+    parse = pa.csv.ParseOptions(
+        delimiter=delimiter,
+        quote_char=quote,
+        newlines_in_values=bool(quote),
+        escape_char="\\" if quote and _escapes_quotes(text_head(path), quote, delimiter) else False,
+    )
     convert = pa.csv.ConvertOptions(column_types=text, include_columns=columns)
     for encoding in encodings(path, content):
         read = pa.csv.ReadOptions(encoding=encoding, block_size=1 << 24, column_names=names)
         try:
             with open_binary(path) if content is None else pa.BufferReader(content) as stream:
-                return pa.csv.read_csv(stream, read_options=read, parse_options=parse, convert_options=convert)
+                lines = _CountedLines(stream)
+                table = pa.csv.read_csv(lines, read_options=read, parse_options=parse, convert_options=convert)
+        except UnicodeDecodeError:
+            continue
+        except pa.ArrowKeyError as error:  # its head is in another encoding than the rest
+            raise DataError(f"{path}: {first_line(error)} as {encoding}; save the file as UTF-8") from error
         except pa.ArrowInvalid as error:
             if "UTF8" not in str(error) or encoding == "latin-1":
                 raise DataError(f"{path}: {first_line(error)}; mend that row") from error
+            continue
+        within = lines.count - table.num_rows - (names is None)
+        if quote and within > 0:
+            logger.warning(
+                "%s: %d line breaks lie within quotes; if its texts have none, a stray quote has swallowed rows: "
+                "double the quotes in texts",
+                path,
+                within,
+            )
+        return table
     raise AssertionError("Latin-1 decodes everything")
+
+
+class _CountedLines(io.RawIOBase):
+    """A stream that counts the lines read from it, without those that are empty."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.ends = 0
+        self.last = b"\n"
+
+    @property
+    def count(self) -> int:
+        return self.ends + (self.last != b"\n")
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        block = self.stream.read(size)
+        self.ends += block.count(b"\n")
+        seam = self.last + block
+        if b"\n\n" in seam or b"\n\r\n" in seam:
+            self.ends -= len(re.findall(rb"\n(?=\r?\n)", seam))
+        self.last = seam[-1:]
+        return block
+
+
+def _escapes_quotes(text: str, quote: str, delimiter: str) -> bool:
+    """
+    Whether a quote in a quoted field has a backslash before it, as Spark and MySQL write it. One that is doubled, or
+    that ends the field, may follow a backslash of the text.
+    """
+    within = rf"(^|[{delimiter}\r\n]){quote}[^{quote}]*\\{quote}"
+    return re.search(rf"{within}([^{quote}{delimiter}\r\n]|{quote}[{delimiter}\r\n])", text) is not None

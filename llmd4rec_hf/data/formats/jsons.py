@@ -18,7 +18,8 @@ import pyarrow.json
 
 from ...errors import DataError, first_line
 from ..arrow import from_pandas
-from .base import Format, decoded, head, open_binary, text_head, text_lines
+from ..columns import KNOWN_NAMES, is_known
+from .base import Format, decoded, head, open_binary, text_head, text_lines, text_tail
 
 
 # Some catalogues have lines of a hundred kilobytes; the fields of the first records are taken from this much.
@@ -33,25 +34,26 @@ _WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
 class RecordsFormat(Format):
-    """Lines of records, whose fields are found in the first of them."""
+    """Lines of records, whose fields are found in the first and last of them."""
 
     keys: tuple[frozenset[str], ...] = (frozenset(),)
 
     def matches_file(self, path: Path) -> bool:
         record = _first_record(path)
-        return record is not None and any(keys <= record.keys() for keys in self.keys)
+        if record is None or (record and all(isinstance(value, (list, dict)) for value in record.values())):
+            return False  # a record has single values; this is a whole table, column by column
+        return any(keys <= record.keys() for keys in self.keys)
 
     def column_names(self, path: Path) -> list[str]:
-        return list(dict.fromkeys(chain.from_iterable(_head_records(path))))
+        return list(dict.fromkeys(chain.from_iterable(_sample_records(path))))
 
     def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
-        schema = _schema(_head_records(path), columns or self.column_names(path))
+        schema = _schema(_sample_records(path), columns or self.column_names(path))
         return _read_python(path, schema) if is_python(path) else _read_json(path, schema)
 
     def read_items(self, path: Path) -> pa.Table:
         """Fields that are objects, or of one kind here and another there, say nothing about an item and stay out."""
-        records = _head_records(path)
-        fields = _schema(records, self.column_names(path))
+        fields = _schema(_sample_records(path), self.column_names(path))
         return self.read(path, [name for name, kind in fields.items() if kind is not None and _is_plain(kind)])
 
 
@@ -131,9 +133,15 @@ class JSONArrayFormat(Format):
 
     def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
         records = load_json(path)
-        if not all(isinstance(record, dict) for record in records):
-            raise DataError(f"{path}: a JSON array whose elements are not all objects; write one object per row")
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise DataError(f"{path}: no JSON array whose elements are all objects; write one object per row")
         return _as_table(records)
+
+
+def is_by_columns(path: Path) -> bool:
+    """Whether this is one JSON object that holds a table column by column, judged by the first one's name."""
+    match = re.match(rb'(\xef\xbb\xbf)?\s*\{\s*"([^"]*)"\s*:\s*[\[{]', head(path))
+    return match is not None and any(is_known(match[2].decode(errors="replace"), ours) for ours in KNOWN_NAMES)
 
 
 def is_python(path: Path) -> bool:
@@ -178,13 +186,20 @@ def _record(line: str) -> dict[str, Any] | None:
     return None
 
 
-def _head_records(path: Path, count: int = 500) -> list[dict[str, Any]]:
-    lines = text_lines(text_head(path, RECORD_HEAD_BYTES))
-    return [record for record, _ in zip(map(_record, lines), range(count), strict=False) if record is not None]
+def _sample_records(path: Path, count: int = 500) -> list[dict[str, Any]]:
+    """The first records and, of the last ones, the fields that none of the first has: a field may come late."""
+    first = _records(text_lines(text_head(path, RECORD_HEAD_BYTES))[:count])
+    names = set(chain.from_iterable(first))
+    last = _records(text_lines(text_tail(path, RECORD_HEAD_BYTES))[-count:])
+    return first + [{name: value for name, value in record.items() if name not in names} for record in last]
+
+
+def _records(lines: list[str]) -> list[dict[str, Any]]:
+    return [record for record in map(_record, lines) if record is not None]
 
 
 def _schema(records: list[dict[str, Any]], columns: list[str]) -> dict[str, pa.DataType | None]:
-    """The type of each column in the first records; `None` where it is of more than one kind."""
+    """The type of each column in the records; `None` where it is of more than one kind."""
     schema: dict[str, pa.DataType | None] = {}
     for name in columns:
         try:

@@ -14,10 +14,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ...errors import DataError
+from ...errors import DataError, first_line
 from ..arrow import from_pandas, is_string
 from .base import Format, first_text_line, head, infer_types, read_delimited
-from .jsons import load_json
+from .jsons import is_by_columns, load_json
 from .tables import CSVFormat
 
 
@@ -80,6 +80,9 @@ class AttributesFormat(IndexMapFormat):
     name = "s3rec_attributes"
     entry = rb"\[\s*\d"
 
+    def matches_file(self, path: Path) -> bool:
+        return super().matches_file(path) and not is_by_columns(path)
+
     def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
         raise DataError(
             f"{path}: entries in no order look like the attributes of items, which are no log; "
@@ -88,7 +91,10 @@ class AttributesFormat(IndexMapFormat):
 
     def read_items(self, path: Path) -> pa.Table:
         content = self._load(path)
-        attributes = pa.array(content.values(), pa.list_(pa.int64())).cast(pa.list_(pa.string()))
+        try:
+            attributes = pa.array(content.values(), pa.list_(pa.int64())).cast(pa.list_(pa.string()))
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(f"{path}: an item's attributes are no list of numbers ({first_line(error)})") from error
         ids = infer_types(pa.table({"item_id": pa.array(list(content))}))
         return ids.append_column("attributes", pc.binary_join(attributes, "|"))
 
@@ -132,6 +138,19 @@ class MiniOneRecInfoFormat(Format):
 class HistoryFormat(Format):
     """A CSV file with one row per moment: what came before as a list in brackets, and what came next."""
 
+    needed: tuple[str, ...]
+
+    def matches_file(self, path: Path) -> bool:
+        return set(self.needed) <= set(first_text_line(path).split(","))
+
+    def header(self, path: Path) -> list[str]:
+        """The columns, among them those that the format cannot do without."""
+        names = CSVFormat().column_names(path)
+        missing = [name for name in self.needed if name not in names]
+        if missing:
+            raise DataError(f"{path}: no column {missing[0]!r}, without which it is not {self.name}; leave format out")
+        return names
+
     def read_items(self, path: Path) -> pa.Table:
         raise DataError(f"{path}: rows of histories are a log and no catalogue; pass a file with titles")
 
@@ -145,13 +164,10 @@ class BIGRecFormat(HistoryFormat):
     """
 
     name = "bigrec"
-
-    def matches_file(self, path: Path) -> bool:
-        names = set(first_text_line(path).split(","))
-        return {"user_id", "history_item_id", "item_id"} <= names
+    needed = ("user_id", "history_item_id", "item_id")
 
     def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
-        header = CSVFormat().column_names(path)
+        header = self.header(path)
         parts = [name for name in ("item_id", "timestamp", "rating") if {name, f"history_{name}"} <= set(header)]
         wanted = ["user_id", *parts, *(f"history_{name}" for name in parts)]
         table = read_delimited(path, ",", quote='"', header=header, columns=wanted)
@@ -177,13 +193,12 @@ class DLLM2RecFormat(HistoryFormat):
     """
 
     name = "dllm2rec"
-
-    def matches_file(self, path: Path) -> bool:
-        return {"seq", "len_seq", "next"} <= set(first_text_line(path).split(","))
+    needed = ("seq", "len_seq", "next")
 
     def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
+        self.header(path)
         logger.warning("%s: its rows name no user, so every row is taken as one user's log", path)
-        table = CSVFormat().read(path, ["seq", "len_seq", "next"])
+        table = CSVFormat().read(path, list(self.needed))
         values, lengths = _lists(table["seq"], path)
         real = table["len_seq"].to_numpy()
         position = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -17,7 +17,7 @@ from .base import (
     infer_types,
     open_binary,
     read_delimited,
-    read_lines,
+    read_names,
 )
 from .tables import CSVFormat
 
@@ -85,8 +85,7 @@ class LLaRAFormat(Format):
         return bool(lines) and all(re.fullmatch(r"[^:\s]+::\S.*", line) and line.count("::") == 1 for line in lines)
 
     def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
-        fields = pc.split_pattern(read_lines(path), "::", max_splits=1)
-        return infer_types(pa.table({"item_id": pc.list_element(fields, 0), "title": pc.list_element(fields, 1)}))
+        return infer_types(read_names(path, "::"))
 
 
 def _read_u_item(path: Path) -> pa.Table:

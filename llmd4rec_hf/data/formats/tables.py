@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
+import math
 import re
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from ...errors import DataError, first_line
-from .base import Format, first_text_line, head, infer_types, read_delimited
+from .base import Format, first_text_line, head, head_lines, infer_types, read_delimited, text_head
 
 
 logger = logging.getLogger(__name__)
@@ -41,20 +44,21 @@ class ParquetFormat(Format):
 
 class DelimitedFormat(Format):
     """
-    A text table whose first line names the columns, optionally gzipped, UTF-8 (or else Latin-1).
+    A text table whose first line names the columns, optionally gzipped, UTF-8 (or else Windows-1252).
 
     Every column is read as text and becomes a number only where no character is lost, so ids such as `00123` survive.
 
     Args:
-        has_header (`bool`, *optional*, defaults to `True`):
-            `False` where the first line already holds values; the columns are then called `"0"`, `"1"`, ...
+        numbered (`list[int]`, *optional*):
+            The columns that are wanted, where the caller numbers them: all columns are then called `"0"`, `"1"`, ...,
+            and the first line is a header only if it looks like one there.
     """
 
     delimiter: str
     quote: str | bool = '"'
 
-    def __init__(self, has_header: bool = True) -> None:
-        self.has_header = has_header
+    def __init__(self, numbered: list[int] | None = None) -> None:
+        self.numbered = numbered
 
     def matches_file(self, path: Path) -> bool:
         line = first_text_line(path)
@@ -62,15 +66,53 @@ class DelimitedFormat(Format):
         return self.delimiter in line and not others & set(line) and line[0] not in "{["
 
     def column_names(self, path: Path) -> list[str]:
-        fields = next(csv.reader([first_text_line(path)], delimiter=self.delimiter))
-        return fields if self.has_header else [str(index) for index in range(len(fields))]
+        fields = self._rows(path, 1)[0]
+        return self.named(fields) if self.numbered is None else [str(place) for place in range(len(fields))]
+
+    def named(self, fields: list[str]) -> list[str]:
+        """The columns' names from the fields of a header."""
+        return fields
 
     def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
         names = self.column_names(path)
+        kind, fields = ("header", self._rows(path, 1)[0]) if self._has_header(path) else ("names", names)
         # Arrow finds a column by its name, so doubled names are read whole and refused where columns are chosen.
-        columns = columns if len(set(names)) == len(names) else None
-        kind = "header" if self.has_header else "names"
-        return infer_types(read_delimited(path, self.delimiter, quote=self.quote, columns=columns, **{kind: names}))
+        if columns is None or len(set(fields)) < len(fields):
+            wanted = None
+        else:
+            wanted, names = [fields[names.index(name)] for name in columns], columns
+        table = read_delimited(path, self.delimiter, quote=self.quote, columns=wanted, **{kind: fields})
+        return infer_types(table.rename_columns(names))
+
+    def _has_header(self, path: Path) -> bool:
+        """Numbered columns have one if the first line holds no number in them and all further ones do in some."""
+        if self.numbered is None:
+            return True
+        first, *rest = (
+            [row[place] if place < len(row) else "" for place in self.numbered] for row in self._rows(path)
+        )
+        if not rest or any(map(_is_number, first)):
+            return False
+        found = any(all(map(_is_number, values)) for values in zip(*rest, strict=True))
+        if found:
+            logger.info("%s: the first line holds %s and no numbers: it is taken as a header", path, ", ".join(first))
+        return found
+
+    def _rows(self, path: Path, count: int = 20) -> list[list[str]]:
+        quoting = csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE
+        # All of the head, not line by line: a quoted name may hold a line break.
+        rows = csv.reader(io.StringIO(text_head(path), newline=""), delimiter=self.delimiter, quoting=quoting)
+        rows = list(islice(filter(None, rows), count))
+        if not rows:
+            raise DataError(f"{path}: holds no lines of text; check how it was written")
+        return rows
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 class CSVFormat(DelimitedFormat):
@@ -81,7 +123,7 @@ class CSVFormat(DelimitedFormat):
 
     def matches_file(self, path: Path) -> bool:
         line = first_text_line(path)
-        return "," in line and "\t" not in line and line[0] not in "{["
+        return "," in line and "\t" not in line and line[0] not in "{[" and not SemicolonFormat().matches_file(path)
 
 
 class TSVFormat(DelimitedFormat):
@@ -100,6 +142,14 @@ class SemicolonFormat(DelimitedFormat):
 
     name = "semicolon"
     delimiter = ";"
+
+    def matches_file(self, path: Path) -> bool:
+        if super().matches_file(path):
+            return True
+        # Commas may be those of decimals then; a list within a field of CSV is as long as it happens to be.
+        lines = head_lines(path)
+        alike = len({line.count(";") for line in lines}) == 1
+        return alike and lines[0].count(";") > lines[0].count(",") and not set(lines[0]) & set("\t|{[")
 
 
 class BarFormat(DelimitedFormat):
@@ -124,15 +174,8 @@ class RecBoleFormat(TSVFormat):
         fields = first_text_line(path).split("\t")
         return all(re.fullmatch(r"[^:]+:(token|token_seq|float|float_seq)", field) for field in fields)
 
-    def column_names(self, path: Path) -> list[str]:
-        return [field.rsplit(":", 1)[0] for field in super().column_names(path)]
-
-    def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
-        typed = super().column_names(path)
-        names = self.column_names(path)
-        wanted = None if columns is None else [typed[names.index(name)] for name in columns]
-        table = read_delimited(path, "\t", header=typed, columns=wanted)
-        return infer_types(table.rename_columns([name.rsplit(":", 1)[0] for name in table.column_names]))
+    def named(self, fields: list[str]) -> list[str]:
+        return [field.rsplit(":", 1)[0] for field in fields]
 
 
 class HetRecFormat(TSVFormat):

@@ -11,8 +11,32 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...errors import DataError
-from .base import Format, head_lines, infer_types, read_lines, refuse_unreadable
+from ..columns import is_known
+from .base import Format, head_lines, infer_types, read_lines, read_names, refuse_unreadable
 from .llm import AttributesFormat
+
+
+# Seconds since 1973, or finer; or a date.
+_TIME = r"([1-9]\d{8,}(\.\d+)?|\d{4}-\d\d-\d\d\S*)"
+
+
+def misread_table(path: Path) -> str | None:
+    """
+    Why the lines between blanks in `path` are those of a table, of which neither names nor times may become items, and
+    what to do; `None` where they may be users and their items.
+    """
+    rows = [line.split() for line in head_lines(path)]
+    if rows and all(any(is_known(word, ours) for word in rows[0]) for ours in ("user_id", "item_id")):
+        return "this is a table with a header and blanks between its columns: separate them by tabs or commas"
+    counts = {len(row) for row in rows}
+    if len(counts) == 1 and counts <= {3, 4} and all(re.fullmatch(_TIME, row[-1]) for row in rows):
+        lines = rf"^\S+(\s+\S+){{{counts.pop() - 2}}}\s+{_TIME}$"
+        if pc.all(pc.match_substring_regex(read_lines(path), lines)).as_py():
+            return (
+                "every line looks like a user, an item and a time; write them with tabs or commas and a header "
+                "(format='s3rec' reads them as a user and items)"
+            )
+    return None
 
 
 class S3RecFormat(Format):
@@ -31,7 +55,8 @@ class S3RecFormat(Format):
 
     def matches_file(self, path: Path) -> bool:
         lines = head_lines(path)
-        return bool(lines) and all(not set(line) & set(',\t{}[]"') and len(line.split()) >= 2 for line in lines)
+        plain = all(not set(line) & set(',\t{}[]"') and len(line.split()) >= 2 for line in lines)
+        return bool(lines) and plain and misread_table(path) is None
 
     def locate(self, path: Path, part: str) -> tuple[Format, Path] | None:
         if path.is_file():
@@ -127,5 +152,4 @@ class IDGenRecFormat(Format):
         raise DataError(f"{path}: lines of an item and its words are a catalogue and no log; pass it as the items")
 
     def read_items(self, path: Path) -> pa.Table:
-        fields = pc.split_pattern(read_lines(path), " ", max_splits=1)
-        return pa.table({"item_id": pc.list_element(fields, 0), "title": pc.list_element(fields, 1)})
+        return read_names(path, " ")
