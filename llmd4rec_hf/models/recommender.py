@@ -416,7 +416,8 @@ class RecommenderModel(PreTrainedModel):
         """
         try:
             weights = stored_weights(directory)
-            for tied, source in self.all_tied_weights_keys.items():  # of which only one is stored
+            # Of which only one is stored. A model that never calls `post_init` has not looked for them.
+            for tied, source in getattr(self, "all_tied_weights_keys", {}).items():
                 if tied not in weights and source in weights:
                     weights[tied] = weights[source]
             self.load_state_dict(weights)
