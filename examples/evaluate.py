@@ -126,10 +126,14 @@ def measure(options: argparse.Namespace, model: RecommenderModel, rows, ks: tupl
 
 
 def check_ids(options: argparse.Namespace, model: RecommenderModel, rows) -> None:
-    """Ids that a run or qrels cannot hold are refused before all is measured: any item may be among the best."""
-    if options.save_run or options.save_qrels:
-        for name in chain(rows["user_id"], model.vocabulary.item_ids):
-            trec_word(name)
+    """Ids that the files asked for cannot hold are refused before all is measured."""
+    names = [rows["user_id"]] if options.save_run or options.save_qrels else []
+    if options.save_qrels:
+        names.append(model.vocabulary.decode([items[-1] for items in rows["item_ids"]]))
+    if options.save_run:  # any item may be among the best
+        names.append(model.vocabulary.item_ids)
+    for name in chain(*names):
+        trec_word(name)
 
 
 def save_lists(options: argparse.Namespace, model: RecommenderModel, rows) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ _STORAGE_WORDS = (
 
 
 def write_json(path: Path, content: dict) -> None:
-    """As [`whole_file`]; what has been written outlasts a power cut too."""
+    """As [`whole_file`]; a power cut too leaves the old content or the new one."""
     with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
         file.flush()
@@ -43,7 +44,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     old content or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several processes may write the same file
+    # Several processes and threads, on several machines, may write the same file.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         yield partial
         os.replace(partial, path)

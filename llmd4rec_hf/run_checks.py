@@ -77,6 +77,9 @@ def _check_arguments(side: str, args: DistillationArguments) -> None:
         raise ConfigurationError(
             f"{side}_args: metric_for_best_model must be one of {', '.join(metrics)}, got {best!r}."
         )
+    # Where nothing is said of evaluations, a run says it all.
+    if args.early_stopping_patience is not None and best is None and args.eval_strategy != "no":
+        raise ConfigurationError(f"{side}_args: early_stopping_patience waits for a better metric_for_best_model.")
     try:
         refuse_what_has_no_effect(args)
     except ConfigurationError as error:
@@ -91,7 +94,7 @@ def _check_arguments(side: str, args: DistillationArguments) -> None:
 def _check_models(models: dict[str, RecommenderModel], vocabulary: ItemVocabulary) -> None:
     for side, kind in {"llm": LLMRecommender, "crm": RecommenderModel}.items():
         if not isinstance(models[side], kind):
-            raise ConfigurationError(f"{side} must be of the kind {kind.__name__}, got {type(models[side]).__name__}.")
+            raise ConfigurationError(f"{side} must be a {kind.__name__}, got {type(models[side]).__name__}.")
     for side, model in models.items():
         if model.config.num_items != len(vocabulary):
             raise ConfigurationError(
@@ -136,10 +139,10 @@ def _check_lengths(models, args, train: Dataset) -> None:
     longest = int(column_array(train, "length").max()) - 1
     reads = {side: min(longest, model.config.max_length) for side, model in models.items()}
     if reads["llm"] != reads["crm"]:
-        lengths = " and ".join(f"the {side.upper()} {model.config.max_length}" for side, model in models.items())
         raise ConfigurationError(
-            f"Each model teaches the other at all positions that it reads, and of histories of up to {longest} items "
-            f"{lengths} are read: build both with the same max_length."
+            "Each model teaches the other at every position that it reads, so both must read equally far: the LLM "
+            f"reads {models['llm'].config.max_length} items and the CRM {models['crm'].config.max_length}, of "
+            f"histories of up to {longest}. Build both with the same max_length."
         )
     for side, positions in reads.items():
         budget = args[side].max_positions_per_batch

@@ -36,8 +36,8 @@ _LOCK_SECONDS = 3
 _NOT_IDENTITY = {
     *("output_dir", "logging_dir", "disable_tqdm", "report_to", "log_level", "run_name", "project"),
     *("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push"),
-    # What one changes after a run died of too little memory or disk, and when it logs.
-    *("per_device_eval_batch_size", "eval_accumulation_steps", "loss_chunk_size", "save_total_limit", "logging_steps"),
+    # What one changes after a run died of too little memory or disk.
+    *("per_device_eval_batch_size", "eval_accumulation_steps", "loss_chunk_size", "save_total_limit"),
     # Words about the data; the sequences themselves are compared by their hashes.
     *("dataset_name", "dataset_facts"),
     # Their product with the number of processes counts: rows_per_step, or batches_per_step under a budget.

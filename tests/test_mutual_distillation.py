@@ -386,17 +386,17 @@ def test_a_damaged_state_is_named(make_run):
 
 def test_models_that_do_not_go_together_are_named(make_crm, make_llm, splits, vocabulary, tmp_path):
     config = MutualDistillationConfig(str(tmp_path))
-    with pytest.raises(ConfigurationError, match="of up to 6 items the LLM 6 and the CRM 4 are read: build both with"):
+    with pytest.raises(ConfigurationError, match="LLM reads 6 items and the CRM 4, of histories of up to 6"):
         MutualDistillation(make_llm(), make_crm(max_length=4), splits, vocabulary, config)
     # Beyond the longest history it makes no difference.
     MutualDistillation(make_llm(), make_crm(max_length=9), splits, vocabulary, config)
-    with pytest.raises(ConfigurationError, match="llm must be of the kind LLMRecommender, got SASRecModel"):
+    with pytest.raises(ConfigurationError, match="llm must be a LLMRecommender, got SASRecModel"):
         MutualDistillation(make_crm(), make_crm(), splits, vocabulary, config)
 
 
 def test_a_run_goes_on_with_what_a_full_disk_or_memory_asks_for(make_run):
     make_run("again", rounds=1, controls=False).run()
-    changed = {"per_device_eval_batch_size": 3, "save_total_limit": 2, "loss_chunk_size": 5, "logging_steps": 7}
+    changed = {"per_device_eval_batch_size": 3, "save_total_limit": 2, "loss_chunk_size": 5}
     results = make_run("again", rounds=1, controls=False, crm_args=changed, llm_args=changed).run()
     assert results["final"]["crm"]["test"]
 
@@ -419,6 +419,7 @@ def test_bad_arguments_are_named(make_run, tmp_path):
         ({"save_only_model": True}, "with save_only_model a run that was stopped would end with other results"),
         ({"ignore_data_skip": True}, "with ignore_data_skip a run that was stopped would end with other results"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no meaning here"),
+        ({"early_stopping_patience": 2, "eval_strategy": "epoch"}, "early_stopping_patience waits for a better"),
         ({"max_positions_per_batch": 3}, "max_positions_per_batch=3, but the longest history takes 6 positions"),
     ):
         for side in ("crm", "llm"):

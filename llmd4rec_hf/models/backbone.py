@@ -8,6 +8,7 @@ import os
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -147,8 +148,9 @@ def hidden_width(backbone: PreTrainedModel) -> int:
 
 
 def _vocabulary_size(backbone: PreTrainedModel) -> int:
-    """Number of tokens. Not of the embedding, in whose place an adapter may have put something else."""
-    return backbone.config.get_text_config().vocab_size
+    """Number of tokens; of the configuration where an adapter has put something else in the embedding's place."""
+    size = getattr(backbone.get_input_embeddings(), "num_embeddings", None)
+    return size or backbone.config.get_text_config().vocab_size
 
 
 def embedding_scale(backbone: PreTrainedModel) -> float:
@@ -224,7 +226,8 @@ def add_adapter(backbone: PreTrainedModel, peft_config):
             "of the layers, e.g. LoraConfig()."
         )
     peft_config = copy.copy(peft_config)  # PEFT writes into it what it found in this backbone
-    peft_config.task_type = None  # that of a model with a head, which PEFT would look for
+    if peft_config.task_type != "FEATURE_EXTRACTION":  # those of models with a head, which PEFT would look for
+        peft_config.task_type = None
     if str(getattr(peft_config, "init_lora_weights", "")).startswith("pissa_niter"):
         raise ConfigurationError(
             f"init_lora_weights={peft_config.init_lora_weights!r} changes the base weights at random, which are not "
@@ -276,7 +279,10 @@ def load_adapter_weights(backbone, directory: str | os.PathLike) -> None:
     """Bring saved adapter weights into an adapter of the same kind, in place."""
     from peft import set_peft_model_state_dict
 
-    set_peft_model_state_dict(backbone, load_file(os.path.join(directory, ADAPTER_WEIGHTS_NAME)))
+    try:
+        set_peft_model_state_dict(backbone, load_file(os.path.join(directory, ADAPTER_WEIGHTS_NAME)))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ConfigurationError(f"The adapter in {directory} does not fit this model: {error}") from error
 
 
 def merge_adapter(backbone) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -438,9 +439,10 @@ class LLMRecommender(RecommenderModel):
         """
         source, hub_kwargs = str(pretrained_model_name_or_path), hub_arguments(kwargs)
         dtype = kwargs.pop("torch_dtype", dtype)  # its older name
-        known = signature(cls.config_class.__init__).parameters.keys() & kwargs.keys()
-        settings = {name: kwargs.pop(name) for name in known}
-        config = config or cls.config_class.from_pretrained(source, **hub_kwargs, **settings)
+        if config is None:
+            known = signature(cls.config_class.__init__).parameters.keys() & kwargs.keys()
+            settings = {name: kwargs.pop(name) for name in known}
+            config = cls.config_class.from_pretrained(source, **hub_kwargs, **settings)
         if not config.backbone_config:
             raise ConfigurationError(f"{source} holds no LLM recommender: RecommenderModel loads any kind.")
         adapter = find_file(source, base.ADAPTER_CONFIG_NAME, **hub_kwargs)
@@ -480,7 +482,7 @@ class LLMRecommender(RecommenderModel):
         """Load all but the adapter; nothing of it may be missing or left over."""
         try:
             outcome = self.load_state_dict(stored_weights(source, **hub_kwargs), strict=False)
-        except RuntimeError as error:  # shapes
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise ConfigurationError(f"The weights in {source} do not fit this model: {error}") from error
         missing = [
             name for name in outcome.missing_keys if not (self.has_adapter and name.startswith(BACKBONE_PREFIX))

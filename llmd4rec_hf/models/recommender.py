@@ -421,7 +421,7 @@ class RecommenderModel(PreTrainedModel):
                 if tied not in weights and source in weights:
                     weights[tied] = weights[source]
             self.load_state_dict(weights)
-        except (RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise ConfigurationError(f"The weights in {directory} do not fit this model: {error}") from error
 
 

@@ -43,7 +43,10 @@ def check_checkpoint(checkpoint: str | os.PathLike) -> None:
     if not Path(checkpoint).is_dir():
         raise ConfigurationError(f"There is no checkpoint {checkpoint} to resume from.")
     if Path(checkpoint, MANIFEST_NAME).is_file() and (damage := find_damage(Path(checkpoint))):
-        raise ConfigurationError(f"{damage}. resume_from_checkpoint=True takes the last checkpoint that is whole.")
+        raise ConfigurationError(
+            f"{damage}. resume_from_checkpoint=True takes the last checkpoint that is whole; to go on from this "
+            f"one as it is, delete its {MANIFEST_NAME}."
+        )
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -95,7 +95,7 @@ class DistillationTrainer(HistoryTrainer):
         **kwargs,
     ):
         # Before `Trainer`'s own constructor, which may call `model_init`.
-        self.teacher = teacher
+        self.teacher = getattr(teacher, "_orig_mod", teacher)  # of a compiled one
         self._teacher_cache: StoredTeacher | None = None
         self._teacher_items: torch.Tensor | None = None
         kwargs.setdefault("compute_metrics", _ranking_metrics)
@@ -111,14 +111,9 @@ class DistillationTrainer(HistoryTrainer):
         self.guard = StepGuard()
         self.add_callback(self.guard)
         if self.settings.early_stopping_patience is not None:
-            if self.args.metric_for_best_model is None or self.args.eval_strategy == "no":
-                raise ConfigurationError(
-                    "early_stopping_patience waits for a better metric_for_best_model: set that, e.g. to 'ndcg@10', "
-                    "with eval_strategy and save_strategy 'epoch', and load_best_model_at_end."
-                )
             self.add_callback(EarlyStoppingCallback(self.settings.early_stopping_patience))
-        if teacher is not None:
-            self._check_teacher(teacher)
+        if self.teacher is not None:
+            self._check_teacher(self.teacher)
 
     def call_model_init(self, trial=None):
         """As in `Trainer`; the collator and what a teacher injects follow the new model."""
@@ -162,6 +157,12 @@ class DistillationTrainer(HistoryTrainer):
         if self.settings.max_positions_per_batch is not None and self.model_init is None:
             # For its errors, which should not come after a teacher has been cached.
             self._budgeted_batches()
+        waits = self.settings.early_stopping_patience is not None
+        if waits and (self.args.metric_for_best_model is None or self.args.eval_strategy == "no"):
+            raise ConfigurationError(
+                "early_stopping_patience waits for a better metric_for_best_model: set that, e.g. to 'ndcg@10', "
+                "with eval_strategy and save_strategy 'epoch', and load_best_model_at_end."
+            )
         if self._embedding_by_rows is not None:
             check_sparse_gradients(self.args, in_shards=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if resume_from_checkpoint is True:

@@ -284,3 +284,20 @@ def test_a_setting_can_be_changed_at_loading(make_llm, tmp_path):
     make_llm(dropout=0.1).save_pretrained(tmp_path)
     model = LLMRecommender.from_pretrained(tmp_path, dropout=0.4)
     assert model.config.dropout == model.dropout.p == 0.4
+
+
+def test_a_setting_beside_a_configuration_is_not_dropped(make_llm, tmp_path):
+    llm = make_llm(dropout=0.1)
+    llm.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="dropout"):
+        LLMRecommender.from_pretrained(tmp_path, config=llm.config, dropout=0.4)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors"])
+def test_torn_weights_are_named(make_llm, tmp_path, name):
+    llm = make_llm(adapter=True)
+    llm.save_pretrained(tmp_path)
+    with open(tmp_path / name, "r+b") as file:
+        file.truncate(50)
+    with pytest.raises(ConfigurationError, match="fit this model"):
+        llm.load_weights(tmp_path)

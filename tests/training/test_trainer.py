@@ -489,7 +489,7 @@ def test_early_stopping_needs_to_know_what_gets_better(make_crm, arguments, spli
     for given in ({"eval_strategy": "epoch"}, {"metric_for_best_model": "ndcg@10"}):
         args = arguments(early_stopping_patience=2, **given)
         with pytest.raises(ConfigurationError, match="early_stopping_patience waits for a better metric_for_best"):
-            CRMTrainer(make_crm(), args, splits["train"], splits["validation"])
+            train(make_crm(), args, splits)
 
 
 def test_checkpoints_hold_the_vocabulary_and_no_pickled_weights(make_crm, arguments, splits, vocabulary):
