@@ -223,7 +223,7 @@ def moment(value: Any, name: str) -> float:
     """One time, given as the option `name`, in seconds; it means what it would in a log's column of times."""
     try:
         return seconds(times(pa.chunked_array([[value]]), name), name)[0].as_py()
-    except (DataError, pa.ArrowException) as error:
+    except (DataError, TypeError, pa.ArrowException) as error:
         raise ConfigurationError(f"{name}={value!r} is no time; give seconds since 1970 or an ISO date") from error
 
 
@@ -258,15 +258,17 @@ def ratings(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _numbers(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     kind = column.type
     if pa.types.is_integer(kind):
         return column.cast(pa.int64())
-    if pa.types.is_floating(kind):
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         return column.cast(pa.float64())
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         microseconds = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
         return pc.divide(microseconds.cast(pa.float64()), 1e6)
-    if pa.types.is_temporal(kind) or pa.types.is_nested(kind):
+    if not is_string(kind):
         raise DataError(f"{where}: type {kind} is no moment; give seconds or dates")
     # BigQuery writes its zone so.
     texts = pc.replace_substring_regex(pc.utf8_trim_whitespace(column), " UTC$", "Z")

@@ -247,3 +247,17 @@ def test_a_format_named_for_a_table_is_refused(tmp_path, name, message):
     (tmp_path / "log.csv").write_text(OTHERS["table"])
     with pytest.raises(DataError, match=f"log.csv: {message}"):
         load_interactions(tmp_path / "log.csv", format=name)
+
+
+def test_lists_of_like_length_between_semicolons_are_fields_of_csv(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("".join(f"1,{item},Action;Comedy;Drama;Foo\n" for item in (10, 11, 12)))
+    assert detect_format(path).name == "csv"
+
+
+def test_what_is_nearly_json_is_no_table_between_blanks(tmp_path):
+    path = tmp_path / "log.json"
+    path.write_text('{"user_id": 1, "item_id": 2, "timestamp": 3},\n' * 3)
+    with pytest.raises(DataError) as error:
+        load_interactions(path)
+    assert "blanks between its columns" not in str(error.value)

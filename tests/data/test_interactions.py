@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import datetime
+import decimal
 import gzip
 import json
 import pickle
@@ -235,6 +236,9 @@ class TestOrder:
             (["2015-03-02T00:00:10Z", "2015-03-02T00:00:11Z"], [1425254410, 1425254411]),
             ([datetime.datetime(2015, 3, 2), datetime.datetime(2015, 3, 3)], [1425254400, 1425340800]),
             ([datetime.date(2015, 3, 2), datetime.date(2015, 3, 3)], [1425254400, 1425340800]),
+            (pd.Categorical(["2015-03-02", "2015-03-03"]), [1425254400, 1425340800]),
+            (pd.Categorical([7, 8]), [7, 8]),
+            ([decimal.Decimal("1.5"), decimal.Decimal("2.0")], [1.5, 2.0]),
             ([1.5, 2.0], [1.5, 2.0]),
             ([1.0, 2.0], [1, 2]),
             (["8.5e8", "9e8"], [850000000, 900000000]),
@@ -312,6 +316,7 @@ class TestBadInput:
                 "row 2 holds '2019-10', which is neither a number nor an",
             ),
             (frame((1, 2, datetime.time(9, 30))), r"type time64\[us\] is no moment"),
+            (frame((1, 2, True)), "type bool is no moment"),
             (frame((1, 2, datetime.timedelta(3))), r"type duration\[us\] is no moment"),
             (frame((1, 2, 19690101), (1, 3, 19700101)), "row 1 holds 19690101, which is no time"),
             (frame((1, 2, 20170131), (1, 3, 20170231), (1, 4, 20170301)), "row 2 holds 20170231, which is no date"),

@@ -95,7 +95,7 @@ class DelimitedFormat(Format):
             return False
         found = any(all(map(_is_number, values)) for values in zip(*rest, strict=True))
         if found:
-            logger.info("%s: the first line holds %s and no numbers: it is taken as a header", path, ", ".join(first))
+            logger.warning("%s: the first line, %s, holds no number: it is taken as a header", path, ", ".join(first))
         return found
 
     def _rows(self, path: Path, count: int = 20) -> list[list[str]]:
@@ -149,7 +149,9 @@ class SemicolonFormat(DelimitedFormat):
         # Commas may be those of decimals then; a list within a field of CSV is as long as it happens to be.
         lines = head_lines(path)
         alike = len({line.count(";") for line in lines}) == 1
-        return alike and lines[0].count(";") > lines[0].count(",") and not set(lines[0]) & set("\t|{[")
+        # As many commas in every line, and not all within numbers, are those of CSV, with lists between semicolons.
+        listed = len({line.count(",") for line in lines}) == 1 and re.search(r"(?<!\d),|,(?!\d)", "\n".join(lines))
+        return alike and not listed and lines[0].count(";") > lines[0].count(",") and not set(lines[0]) & set("\t|{[")
 
 
 class BarFormat(DelimitedFormat):

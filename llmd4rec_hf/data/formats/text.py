@@ -26,6 +26,8 @@ def misread_table(path: Path) -> str | None:
     what to do; `None` where they may be users and their items.
     """
     rows = [line.split() for line in head_lines(path)]
+    if rows and any(set(word) & set(',{}[]"') for word in rows[0]):
+        return None  # JSON, say
     if rows and all(any(is_known(word, ours) for word in rows[0]) for ours in ("user_id", "item_id")):
         return "this is a table with a header and blanks between its columns: separate them by tabs or commas"
     counts = {len(row) for row in rows}
