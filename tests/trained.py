@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests ask of a training that has ended."""
+"""A training of a CRM, and what tests ask of one that has ended."""
 
 from __future__ import annotations
 
 import torch
+
+from llmd4rec_hf import CRMTrainer
+
+
+def train(model, args, splits, teacher=None, **kwargs) -> CRMTrainer:
+    """A trainer that has trained."""
+    trainer = CRMTrainer(model, args, splits["train"], splits["validation"], teacher=teacher, **kwargs)
+    trainer.train()
+    return trainer
 
 
 def losses(trainer) -> list[float]:

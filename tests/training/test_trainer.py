@@ -2,15 +2,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from trained import weights
+from trained import train, weights
 
 from llmd4rec_hf import (
     CRMTrainer,
@@ -32,17 +30,6 @@ from llmd4rec_hf.errors import CacheError, ConfigurationError
 from llmd4rec_hf.models import RecBoleSASRecConfig, RecBoleSASRecModel
 from llmd4rec_hf.training import mutual_distill_trainer
 from llmd4rec_hf.training import trainer as trainer_module
-
-
-@pytest.fixture
-def arguments(make_arguments):
-    return partial(make_arguments, per_device_train_batch_size=8, logging_nan_inf_filter=False, logging_steps=500)
-
-
-def train(model, args, splits, teacher=None, **kwargs):
-    trainer = CRMTrainer(model, args, splits["train"], splits["validation"], teacher=teacher, **kwargs)
-    trainer.train()
-    return trainer
 
 
 def test_training_learns_the_walk(make_crm, arguments, splits):
@@ -235,32 +222,6 @@ def test_seen_items_can_be_kept(make_crm, arguments, splits):
     assert (kept.predictions > masked.predictions).any()
 
 
-def test_resumed_training_equals_uninterrupted(make_crm, arguments, splits):
-    settings = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 7}
-    whole = train(make_crm(0, dropout=0.3), arguments("whole", **settings), splits, make_crm(1))
-    args = arguments("cut", **settings)
-    cut = CRMTrainer(make_crm(0, dropout=0.3), args, splits["train"], teacher=make_crm(1))
-    cut.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-7")
-    assert torch.equal(weights(whole.model), weights(cut.model))
-
-
-def test_best_model_comes_back(make_crm, arguments, splits):
-    # Where less counts as better, the best is not the last: this model gets better with every epoch.
-    args = arguments(
-        num_train_epochs=4,
-        learning_rate=0.05,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        load_best_model_at_end=True,
-        metric_for_best_model="ndcg@10",
-        greater_is_better=False,
-    )
-    trainer = train(make_crm(0), args, splits)
-    values = [entry["eval_ndcg@10"] for entry in trainer.state.log_history if "eval_ndcg@10" in entry]
-    assert trainer.evaluate()["eval_ndcg@10"] == pytest.approx(min(values))
-    assert trainer.evaluate()["eval_ndcg@10"] != pytest.approx(values[-1])
-
-
 def test_a_student_may_begin_with_its_teachers_item_vectors(make_crm, make_llm, arguments, splits):
     args = arguments(learning_rate=0.0, num_train_epochs=1, init_item_vectors=True)
     trainer = train(make_crm(0), args, splits, teacher=make_llm(1))
@@ -383,50 +344,6 @@ def test_a_prediction_of_the_loss_alone(make_crm, arguments, splits):
     assert output.metrics["test_loss"] > 0
 
 
-def test_a_checkpoint_that_is_not_there_or_torn_is_named(make_crm, arguments, splits):
-    with pytest.raises(ConfigurationError, match="no checkpoint nowhere to resume from"):
-        CRMTrainer(make_crm(), arguments(), splits["train"]).train(resume_from_checkpoint="nowhere")
-    args = arguments(save_strategy="epoch", num_train_epochs=1)
-    train(make_crm(0), args, splits)
-    (folder,) = Path(args.output_dir).glob("checkpoint-*")
-    with pytest.raises(ConfigurationError, match="do not fit this model"):
-        make_crm(hidden_size=4).load_weights(folder)
-    with open(folder / "model.safetensors", "r+b") as file:
-        file.truncate(100)
-    with pytest.raises(ConfigurationError, match="torn or altered. resume_from_checkpoint=True takes the last"):
-        CRMTrainer(make_crm(), arguments(), splits["train"]).train(resume_from_checkpoint=str(folder))
-    (folder / "manifest.json").unlink()
-    with pytest.raises(ConfigurationError, match="has written does not say whether it is whole: give its path"):
-        CRMTrainer(make_crm(), args, splits["train"]).train(resume_from_checkpoint=True)
-
-
-class HeadModel(RecommenderModel):
-    """Scores by a head that has the weights of its embedding."""
-
-    config_class = SASRecConfig
-    _tied_weights_keys = {"head.weight": "items.weight"}
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.items = nn.Embedding(config.num_items + 1, config.hidden_size, padding_idx=0)
-        self.head = nn.Linear(config.hidden_size, config.num_items + 1, bias=False)
-        self.post_init()
-
-    def encode(self, item_ids, attention_mask=None):
-        return self.items(item_ids)
-
-    def item_matrix(self):
-        return self.head.weight
-
-
-def test_a_model_with_tied_weights_gets_its_best_ones_back(arguments, splits):
-    config = SASRecConfig(num_items=12, hidden_size=8, num_layers=1, max_length=6, tie_word_embeddings=True)
-    settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
-    model = HeadModel(config)
-    train(model, arguments(num_train_epochs=2, metric_for_best_model="ndcg@10", **settings), splits)
-    assert model.head.weight is model.items.weight
-
-
 @pytest.mark.parametrize("teacher", ["runs/llm", nn.Linear(2, 2), lambda histories: None])
 def test_a_teacher_of_another_kind_is_named(make_crm, arguments, splits, teacher):
     with pytest.raises(ConfigurationError, match="teacher must be a RecommenderModel .*ListedTeacherCache, got"):
@@ -490,16 +407,6 @@ def test_early_stopping_needs_to_know_what_gets_better(make_crm, arguments, spli
         args = arguments(early_stopping_patience=2, **given)
         with pytest.raises(ConfigurationError, match="early_stopping_patience waits for a better metric_for_best"):
             train(make_crm(), args, splits)
-
-
-def test_checkpoints_hold_the_vocabulary_and_no_pickled_weights(make_crm, arguments, splits, vocabulary):
-    model = make_crm(0)
-    model.vocabulary = vocabulary
-    args = arguments(save_strategy="epoch", num_train_epochs=1)
-    train(model, args, splits)
-    (folder,) = Path(args.output_dir).glob("checkpoint-*")
-    assert (folder / "model.safetensors").is_file()
-    assert json.loads((folder / "vocabulary.json").read_text())
 
 
 def test_other_models_and_catalogues_are_refused(make_crm, arguments, splits, vocabulary):

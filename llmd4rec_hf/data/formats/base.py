@@ -302,7 +302,7 @@ def read_delimited(
         read = pa.csv.ReadOptions(encoding=encoding, block_size=1 << 24, column_names=names)
         try:
             with open_binary(path) if content is None else pa.BufferReader(content) as stream:
-                lines = _CountedLines(stream)
+                lines = _CountedLines(stream) if quote else stream
                 table = pa.csv.read_csv(lines, read_options=read, parse_options=parse, convert_options=convert)
         except UnicodeDecodeError:
             continue
@@ -312,8 +312,8 @@ def read_delimited(
             if "UTF8" not in str(error) or encoding == "latin-1":
                 raise DataError(f"{path}: {first_line(error)}; mend that row") from error
             continue
-        within = lines.count - table.num_rows - (names is None)
-        if quote and within > 0:
+        within = lines.count - table.num_rows - (names is None) if quote else 0
+        if within > 0:
             logger.warning(
                 "%s: %d line breaks lie within quotes; if its texts have none, a stray quote has swallowed rows: "
                 "double the quotes in texts",

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a trainer saves, and what it goes on from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from trained import train, weights
+
+from llmd4rec_hf import CRMTrainer, RecommenderModel, SASRecConfig
+from llmd4rec_hf.errors import ConfigurationError
+
+
+def test_resumed_training_equals_uninterrupted(make_crm, arguments, splits):
+    settings = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 7}
+    whole = train(make_crm(0, dropout=0.3), arguments("whole", **settings), splits, make_crm(1))
+    args = arguments("cut", **settings)
+    cut = CRMTrainer(make_crm(0, dropout=0.3), args, splits["train"], teacher=make_crm(1))
+    cut.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-7")
+    assert torch.equal(weights(whole.model), weights(cut.model))
+
+
+def test_best_model_comes_back(make_crm, arguments, splits):
+    # Where less counts as better, the best is not the last: this model gets better with every epoch.
+    args = arguments(
+        num_train_epochs=4,
+        learning_rate=0.05,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="ndcg@10",
+        greater_is_better=False,
+    )
+    trainer = train(make_crm(0), args, splits)
+    values = [entry["eval_ndcg@10"] for entry in trainer.state.log_history if "eval_ndcg@10" in entry]
+    assert trainer.evaluate()["eval_ndcg@10"] == pytest.approx(min(values))
+    assert trainer.evaluate()["eval_ndcg@10"] != pytest.approx(values[-1])
+
+
+def test_a_checkpoint_that_is_not_there_or_torn_is_named(make_crm, arguments, splits):
+    with pytest.raises(ConfigurationError, match="no checkpoint nowhere to resume from"):
+        CRMTrainer(make_crm(), arguments(), splits["train"]).train(resume_from_checkpoint="nowhere")
+    args = arguments(save_strategy="epoch", num_train_epochs=1)
+    train(make_crm(0), args, splits)
+    (folder,) = Path(args.output_dir).glob("checkpoint-*")
+    with pytest.raises(ConfigurationError, match="do not fit this model"):
+        make_crm(hidden_size=4).load_weights(folder)
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ConfigurationError, match="torn or altered. resume_from_checkpoint=True takes the last"):
+        CRMTrainer(make_crm(), arguments(), splits["train"]).train(resume_from_checkpoint=str(folder))
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ConfigurationError, match="has written does not say whether it is whole: give its path"):
+        CRMTrainer(make_crm(), args, splits["train"]).train(resume_from_checkpoint=True)
+
+
+class HeadModel(RecommenderModel):
+    """Scores by a head that has the weights of its embedding."""
+
+    config_class = SASRecConfig
+    _tied_weights_keys = {"head.weight": "items.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.items = nn.Embedding(config.num_items + 1, config.hidden_size, padding_idx=0)
+        self.head = nn.Linear(config.hidden_size, config.num_items + 1, bias=False)
+        self.post_init()
+
+    def encode(self, item_ids, attention_mask=None):
+        return self.items(item_ids)
+
+    def item_matrix(self):
+        return self.head.weight
+
+
+def test_a_model_with_tied_weights_gets_its_best_ones_back(arguments, splits):
+    config = SASRecConfig(num_items=12, hidden_size=8, num_layers=1, max_length=6, tie_word_embeddings=True)
+    settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    model = HeadModel(config)
+    train(model, arguments(num_train_epochs=2, metric_for_best_model="ndcg@10", **settings), splits)
+    assert model.head.weight is model.items.weight
+
+
+def test_checkpoints_hold_the_vocabulary_and_no_pickled_weights(make_crm, arguments, splits, vocabulary):
+    model = make_crm(0)
+    model.vocabulary = vocabulary
+    args = arguments(save_strategy="epoch", num_train_epochs=1)
+    train(model, args, splits)
+    (folder,) = Path(args.output_dir).glob("checkpoint-*")
+    assert (folder / "model.safetensors").is_file()
+    assert json.loads((folder / "vocabulary.json").read_text())
