@@ -24,7 +24,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "llmd4rec_hf needs Python 3.11 or later: make install PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
-	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -c constraints.txt -e ".[dev,export,serve,docs]"
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -c constraints.txt -e ".[dev,export,serve,fast,docs]"
 	@touch $@
 
 demo: $(INSTALLED) ## run the whole method on built-in data, offline (ARGS="--rounds 1" to change options)

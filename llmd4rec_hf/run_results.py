@@ -7,6 +7,7 @@ import inspect
 import json
 import platform
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import datasets
 import torch
@@ -144,11 +145,13 @@ def _round_entry(phases: dict[str, dict], number: int, has_controls: bool) -> di
 
 
 def _versions() -> dict[str, str]:
+    # With numba sums are rounded in another way.
+    others = ("accelerate", "peft", "numpy", *(["numba"] if find_spec("numba") else []))
     return {
         "llmd4rec_hf": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "datasets": datasets.__version__,
-        **{name: version(name) for name in ("accelerate", "peft", "numpy")},
+        **{name: version(name) for name in others},
     }

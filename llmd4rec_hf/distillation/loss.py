@@ -10,6 +10,8 @@ for the student's hidden states and item matrix. The backward pass only scales t
 from __future__ import annotations
 
 import functools
+import importlib.util
+import logging
 import math
 from dataclasses import dataclass
 
@@ -22,7 +24,12 @@ from .walk import LossSettings, Walk, autocast_dtype, default_chunk_size
 from .weighting import WEIGHTINGS, WITHOUT_RANKS
 
 
+logger = logging.getLogger(__name__)
+
 IGNORE_INDEX = -100
+# Items from which on numba's loops are taken, if it is installed: loading them takes a second, and compiling them,
+# once per machine, a few more.
+_MIN_COMPILED_ITEMS = 1024
 
 
 @dataclass
@@ -150,7 +157,11 @@ def distillation_loss(
     )
     divisor = max(kept.numel(), 1) if num_items_in_batch is None else num_items_in_batch
     walk = functools.partial(
-        Walk, labels=kept, teacher=teacher, teacher_item_matrix=teacher_item_matrix, settings=settings
+        _choose_walk(item_matrix, dtype, teacher),
+        labels=kept,
+        teacher=teacher,
+        teacher_item_matrix=teacher_item_matrix,
+        settings=settings,
     )
     result = loss_of_walk(walk, hidden, item_matrix, divisor, settings.kl_weight)
     result.student_ranks = _spread(result.student_ranks, keep) if settings.count_ranks else None
@@ -158,6 +169,26 @@ def distillation_loss(
         _spread(result.teacher_ranks, keep) if settings.count_ranks and teacher is not None else None
     )
     return result
+
+
+def _choose_walk(item_matrix: torch.Tensor, dtype: torch.dtype, teacher) -> type[Walk]:
+    """What goes over the positions: loops compiled for this CPU where they can, and are worth their compilation."""
+    suits = item_matrix.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    suits = suits and not isinstance(teacher, ListedScores) and not torch.compiler.is_compiling()
+    compiled = _compiled_walk() if suits and len(item_matrix) > _MIN_COMPILED_ITEMS else None
+    return compiled or Walk
+
+
+@functools.cache
+def _compiled_walk() -> type[Walk] | None:
+    if importlib.util.find_spec("numba") is None:
+        return None
+    try:
+        from .compiled_walk import CompiledWalk
+    except ImportError as error:  # numba refuses versions of numpy that it does not know
+        logger.warning("The loss does without numba: %s", error)
+        return None
+    return CompiledWalk
 
 
 def loss_of_walk(walk, hidden, item_matrix, divisor, kl_weight: float) -> DistillationLoss:

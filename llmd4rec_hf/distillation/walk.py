@@ -217,11 +217,15 @@ class Walk:
         else:
             numerators, spare = student.mul_(temperature).exp2_(), softened
         distances = _row_sums(torch.abs(difference, out=spare))
-        outcomes = self._outcome(self.student, part, sums), self._outcome(self.teacher, part, teacher_sums)
-        weights = sample_weights(*outcomes, settings.weighting, settings.rank_base)
-        weights = weights.to(torch.float32).expand(len(sums)).unsqueeze(1)
+        weights = self._weights(part, sums, teacher_sums)
         self.kl_sums.append((sums, teacher_sums, cross, distances, weights))
         return numerators, weights / sums
+
+    def _weights(self, part: slice, sums: torch.Tensor, teacher_sums: torch.Tensor) -> torch.Tensor:
+        """How much the student listens, of shape `(rows, 1)`, by what becomes of the slice's true items."""
+        outcomes = self._outcome(self.student, part, sums), self._outcome(self.teacher, part, teacher_sums)
+        weights = sample_weights(*outcomes, self.settings.weighting, self.settings.rank_base)
+        return weights.to(torch.float32).expand(len(sums)).unsqueeze(1)
 
     def _outcome(self, side: _Side, part: slice, sums: torch.Tensor) -> TargetOutcome:
         """What becomes of the true items of the slice at hand. The paper's weights ask for ranks alone."""

@@ -1,10 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import math
+
 import pytest
 from cached_rows import make_dataset, make_teacher
 
-from llmd4rec_hf.distillation import TeacherCache
+from llmd4rec_hf.distillation import TeacherCache, loss
+
+
+@pytest.fixture(params=["torch", "numba"])
+def walk_by(request, monkeypatch):
+    """Both ways over the positions, whatever the catalogue's size."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    monkeypatch.setattr(loss, "_MIN_COMPILED_ITEMS", 0 if request.param == "numba" else math.inf)
+    return request.param
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,9 @@ from llmd4rec_hf.errors import ConfigurationError
 from llmd4rec_hf.evaluation import target_ranks
 
 
+pytestmark = pytest.mark.usefixtures("walk_by")
+
+
 def test_by_hand():
     """Two items with scores 0 and log 3: probabilities 1/4 and 3/4; the teacher's are the other way round."""
     hidden, items = torch.tensor([[1.0]]), torch.tensor([[9.0], [0.0], [3.0]]).log1p()
@@ -89,6 +92,19 @@ def test_any_problem(seed, positions, num_items, chunk_size, temperature, kl_wei
     assert actual.kl.item() >= -1e-5
     assert 0 <= actual.weight_mean.item() <= 2
     assert 0 <= actual.agreement.item() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_whatever_the_defaults_of_new_tensors_are(teacher):
+    given = problem()
+    expected = chunked(given, teacher)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            actual = chunked(given, teacher)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_identical(actual, expected)
 
 
 @pytest.mark.parametrize("teacher", [True, False])

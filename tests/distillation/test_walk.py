@@ -13,6 +13,9 @@ from llmd4rec_hf.distillation import ListedScores, distillation_loss, walk
 from llmd4rec_hf.distillation.walk import default_chunk_size, default_slice_size
 
 
+pytestmark = pytest.mark.usefixtures("walk_by")
+
+
 @pytest.mark.parametrize("teacher", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_positions_times_items_is_never_held(teacher, temperature):
@@ -107,6 +110,18 @@ def test_the_true_items_own_score_is_not_rounded():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = distillation_loss(torch.tensor([[1.003]]), torch.tensor([[0.0], [0.0], [-20.0]]), torch.tensor([2]))
     assert result.cross_entropy.item() == pytest.approx(20.06, rel=1e-5)
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_rounding_of_large_scores_changes_no_sum(teacher):
+    """Those that bf16 rounds by up to 128 either way, whose power alone is beyond what float32 holds."""
+    hidden = torch.linspace(40_000, 41_000, 50).unsqueeze(1).requires_grad_()
+    items = torch.tensor([[0.0], [1.0], [0.0]], requires_grad=True)
+    pair = (hidden.detach(), items.detach()) if teacher else ()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = distillation_loss(hidden, items, torch.ones(50).long(), *pair)
+    assert result.cross_entropy == result.kl == 0 and result.agreement == float(teacher)
+    assert all(grad.abs().max() < 1e-6 for grad in torch.autograd.grad(result.loss, (hidden, items)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
