@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from datasets import Dataset
 from transformers import set_seed
 
 from llmd4rec_hf import SASRecConfig, SASRecModel
+from llmd4rec_hf.distillation import loss
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,7 +32,17 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # With this power (see `make_teacher`) a teacher of width 1024 keeps about as many dimensions as an LLM of that width
 # does that was trained on the demo: 135.
 TRAINED_POWER = 0.75
-PACKAGES = ("llmd4rec-hf", "torch", "transformers", "accelerate", "datasets", "liger-kernel", "recbole", "rectools")
+PACKAGES = (
+    "llmd4rec-hf",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "numba",
+    "liger-kernel",
+    "recbole",
+    "rectools",
+)
 
 
 def finished(function: Callable[[], object]) -> None:
@@ -36,6 +50,11 @@ def finished(function: Callable[[], object]) -> None:
     function()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
+
+
+def by_torch_alone() -> contextlib.AbstractContextManager:
+    """Where the loss does without numba, as on a GPU or where it is not installed."""
+    return mock.patch.object(loss, "_MIN_COMPILED_ITEMS", math.inf)
 
 
 def median_seconds(function: Callable[[], object], repeats: int) -> float:

@@ -15,9 +15,18 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from common import DEVICE, in_own_process, interleaved_times, matmul_rate, peak_extra_bytes, write_result
+from common import (
+    DEVICE,
+    by_torch_alone,
+    in_own_process,
+    interleaved_times,
+    matmul_rate,
+    peak_extra_bytes,
+    write_result,
+)
 
 from llmd4rec_hf import distillation_loss, rank_weights
+from llmd4rec_hf.training.precision import bf16_slowdown
 
 
 TEMPERATURE, KL_WEIGHT, WIDTH, TEACHER_WIDTH = 2.0, 0.5, 64, 256
@@ -37,6 +46,8 @@ SIZES = {
         (1_000_000, 512, True, True, 5),
     ),
 }
+# Of bf16's products over float32's, beyond which nobody would train in it.
+MAX_SLOWDOWN = 4
 # A product whose operands stay in a processor's caches, or keep all of a GPU busy.
 RATE_SHAPE = (8192, WIDTH, 12_101) if ON_GPU else (256, WIDTH, 1024)
 
@@ -82,6 +93,18 @@ def ours_bf16(*inputs) -> torch.Tensor:
     """The chunked loss as it runs under bf16 training."""
     with torch.autocast(DEVICE.type, torch.bfloat16):
         return ours(*inputs)
+
+
+def ours_without_numba(*inputs) -> torch.Tensor:
+    """The chunked loss by torch's operations."""
+    with by_torch_alone():
+        return ours(*inputs)
+
+
+def ours_without_numba_bf16(*inputs) -> torch.Tensor:
+    """Likewise under bf16 training."""
+    with by_torch_alone():
+        return ours_bf16(*inputs)
 
 
 def plain_autograd_bf16(*inputs) -> torch.Tensor:
@@ -135,6 +158,8 @@ VARIANTS = {"ours": ours, "ours bf16": ours_bf16, "plain autograd": plain_autogr
 WITH_TEACHER_ALONE = ("liger chunked",)
 if ON_GPU:
     VARIANTS["plain autograd bf16"] = plain_autograd_bf16
+elif find_spec("numba"):
+    VARIANTS |= {"ours without numba": ours_without_numba, "ours without numba bf16": ours_without_numba_bf16}
 if find_spec("liger_kernel"):
     VARIANTS["liger chunked"] = liger_chunked()
     if ON_GPU:
@@ -155,6 +180,8 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 def memory(name: str, items: int, positions: int, teacher: bool) -> int:
     """Bytes beyond inputs and gradients at the peak of one step. Called in a process of its own."""
+    # What a process loads once: kernels, and numba with them.
+    VARIANTS[name](*make_inputs(2000, 8, teacher)).backward()
     inputs = make_inputs(items, positions, teacher)
     for tensor in inputs[:2]:
         tensor.grad = torch.zeros_like(tensor)
@@ -211,7 +238,7 @@ def show(result: dict) -> None:
     for name, facts in variants.items():
         faster, sooner, smaller = (base[key] / max(facts[key], 1e-9) for key in (clock, "seconds", "extra_bytes"))
         print(
-            f"  {name:19s} {facts[clock] * 1e3:9.1f} ms  "
+            f"  {name:23s} {facts[clock] * 1e3:9.1f} ms  "
             f"{faster:6.2f}x faster  {sooner:6.2f}x by wall time   "
             f"{facts['extra_bytes'] / 2**20:8.1f} MiB extra  1/{smaller:.1f}   "
             f"gradient error {max(facts['gradient_error'].values()):.1e}"
@@ -233,6 +260,10 @@ def main() -> None:
     if options.memory:
         print(json.dumps({"bytes": memory(options.memory, options.items, options.positions, options.teacher)}))
         return
+    if not ON_GPU and bf16_slowdown() > MAX_SLOWDOWN:
+        print(f"bf16 is left out: this processor takes {bf16_slowdown():.0f} times as long for its products.")
+        for name in [name for name in VARIANTS if name.endswith("bf16")]:
+            del VARIANTS[name]
     results = []
     for size in SIZES[DEVICE.type]:
         results.append(measure(*size, options.threads))

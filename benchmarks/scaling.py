@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from common import (
     beauty_like_rows,
+    by_torch_alone,
     in_own_process,
     interleaved_times,
     make_teacher,
@@ -34,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmd4rec_hf import SASRecConfig, SASRecModel, TeacherCache, distillation_loss
-from llmd4rec_hf.distillation import walk
+from llmd4rec_hf.distillation import loss, walk
 from llmd4rec_hf.distillation.stored_rows import row_type
 from llmd4rec_hf.models import build_tiny_llm
 
@@ -187,7 +188,8 @@ def loss_bytes(size: Size, device: str = "cpu") -> int:
     slice_rows = min(rows, walk.default_slice_size(size.items, device))
     widths = [size.width] + [size.teacher_width] * (size.teacher_width > 0)
     products = len(widths) * rows * size.items * (2 if half else 4)
-    slices = (1 + len(widths) * half) * slice_rows * size.items * 4
+    by_numba = device == "cpu" and loss._compiled_walk() is not None
+    slices = 0 if by_numba else (1 + len(widths) * half) * slice_rows * size.items * 4
     copies = half * sum(widths) * (size.items + size.positions) * 2
     gradients = (size.items + size.positions) * size.width * 4
     return gradients + max(products + slices + copies, gradients)
@@ -195,6 +197,8 @@ def loss_bytes(size: Size, device: str = "cpu") -> int:
 
 def peak(size: Size) -> int:
     """The same, measured. To be called in a process of its own."""
+    small = replace(size, positions=8, items=2000)
+    step(small, make_inputs(small))  # what a process loads once: kernels, and numba with them
     inputs = make_inputs(size)
     for tensor in inputs[:2]:
         tensor.grad = torch.zeros_like(tensor)
@@ -337,7 +341,7 @@ def bytes_per_score(width: int, teacher_width: int) -> float:
     rows = walk._MIN_CHUNK_ROWS
     size = Size(16 * rows, 5000, width, teacher_width, "bfloat16")
     inputs = make_inputs(size)
-    with TensorTraffic() as traffic:
+    with by_torch_alone(), TensorTraffic() as traffic:
         step(size, inputs, chunk_size=rows)
     return traffic.total / (size.positions * size.items)
 
