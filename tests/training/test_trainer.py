@@ -236,6 +236,7 @@ def test_a_student_may_begin_with_its_teachers_item_vectors(make_crm, make_llm, 
 def test_dropout_with_a_teacher_ends_with_the_training(kind, make_crm, arguments, splits):
     """Without any, a model draws no random number: two trainings with other draws before are the same."""
     settings = {"num_items": 12, "hidden_size": 8, "max_length": 6, "dropout": 0.5, "num_layers": 2}
+    steps = {"num_train_epochs": 1, "per_device_train_batch_size": 40, "optim": "sgd", "learning_rate": 0.1}
     config, model_class = {
         "sasrec": (SASRecConfig, SASRecModel),
         "gru4rec": (GRU4RecConfig, GRU4RecModel),
@@ -246,7 +247,7 @@ def test_dropout_with_a_teacher_ends_with_the_training(kind, make_crm, arguments
         torch.manual_seed(0)
         model = model_class(config(**settings))
         # The seed is that of dropout alone: all rows are in one batch. Adam would enlarge what its order rounds off.
-        args = arguments(str(seed), seed=seed, per_device_train_batch_size=40, optim="sgd", learning_rate=0.1, **more)
+        args = arguments(str(seed), seed=seed, **steps, **more)
         train(model, args, splits, teacher)
         return model
 
