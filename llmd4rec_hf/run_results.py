@@ -6,8 +6,8 @@ from __future__ import annotations
 import inspect
 import json
 import platform
-from importlib.metadata import version
-from importlib.util import find_spec
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 
 import datasets
 import torch
@@ -145,13 +145,15 @@ def _round_entry(phases: dict[str, dict], number: int, has_controls: bool) -> di
 
 
 def _versions() -> dict[str, str]:
-    # With numba sums are rounded in another way.
-    others = ("accelerate", "peft", "numpy", *(["numba"] if find_spec("numba") else []))
-    return {
+    versions = {
         "llmd4rec_hf": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "datasets": datasets.__version__,
-        **{name: version(name) for name in others},
+        **{name: version(name) for name in ("accelerate", "peft", "numpy")},
     }
+    # With it sums are rounded in another way; it need not be there.
+    with suppress(PackageNotFoundError):
+        versions["numba"] = version("numba")
+    return versions

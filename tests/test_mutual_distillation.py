@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import importlib.metadata
 import json
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from llmd4rec_hf import (
     SASRecModel,
     TeacherCache,
     mutual_distillation,
+    run_results,
 )
 from llmd4rec_hf.errors import ConfigurationError, RunStateError
 from llmd4rec_hf.run_results import late_gain
@@ -90,6 +93,16 @@ def test_results_have_the_documented_shape(whole, memory):
     assert len(whole["seconds"]) == 1 + 2 * 2 * 2
     assert (memory["folder"] / "report.md").is_file()
     assert (memory["folder"] / "report.png").is_file()
+
+
+def test_a_folder_of_numbas_name_is_no_version_of_it(monkeypatch):
+    def version(name):
+        if name == "numba":
+            raise PackageNotFoundError(name)
+        return importlib.metadata.version(name)
+
+    monkeypatch.setattr(run_results, "version", version)
+    assert {"torch", "numpy"} <= set(run_results._versions()) - {"numba"} == set(run_results._versions())
 
 
 def test_each_side_keeps_its_best_round_by_validation(whole):
@@ -173,20 +186,22 @@ def test_interrupted_after_every_phase_it_ends_with_the_same_numbers(whole, make
     assert without_times(results) == without_times(whole)
 
 
-@pytest.mark.parametrize("phase", ["1-llm-distilled", "2-crm-distilled"])
-def test_interrupted_inside_a_phase_it_ends_with_the_same_numbers(whole, make_run, monkeypatch, phase):
-    """The training dies in its last epoch; the checkpoint of the epoch before is found and gone on from."""
+def test_interrupted_inside_phases_it_ends_with_the_same_numbers(whole, make_run, monkeypatch):
+    """The training dies in the last epoch of each; the checkpoint of the epoch before is found and gone on from."""
     training_step = CRMTrainer.training_step
+    deadly = ["0-crm-distilled", "1-llm-distilled", "2-crm-distilled"]
 
     def die_late(trainer, *args, **kwargs):
-        if trainer.args.output_dir.endswith(phase) and trainer.state.epoch >= trainer.args.num_train_epochs - 0.7:
-            raise Interrupted
+        late = trainer.state.epoch >= trainer.args.num_train_epochs - 0.7
+        if deadly and trainer.args.output_dir.endswith(deadly[0]) and late:
+            raise Interrupted(deadly.pop(0))
         return training_step(trainer, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr("llmd4rec_hf.training.trainer.DistillationTrainer.training_step", die_late, raising=False)
-        with pytest.raises(Interrupted):
-            make_run("cut").run()
+        for seed, phase in enumerate(deadly.copy()):
+            with pytest.raises(Interrupted, match=phase):
+                make_run("cut", seed=seed).run()
     assert without_times(make_run("cut", seed=5).run()) == without_times(whole)
 
 

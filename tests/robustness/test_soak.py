@@ -13,10 +13,10 @@ import tiny_runs
 from llmd4rec_hf import CRMArguments, CRMTrainer, MutualDistillArguments, MutualDistillTrainer
 
 
-PHASES = 100
+PHASES = 200
 
 
-def test_a_hundred_phases_without_growth(tmp_path):
+def test_two_hundred_phases_without_growth(tmp_path):
     splits, vocabulary = tiny_runs.world(8)
     models = {"crm": tiny_runs.make_crm(), "llm": tiny_runs.make_llm(vocabulary)}
     settings = {"use_cpu": True, "disable_tqdm": True, "max_steps": 1, "per_device_train_batch_size": 8}
@@ -34,11 +34,11 @@ def test_a_hundred_phases_without_growth(tmp_path):
         trainer.train()
         trainer.evaluate()
         shutil.rmtree(folder)
-        if phase % 10 == 9:
+        if phase % 20 == 19:
             seen.append((process.memory_info().rss / 2**20, process.num_fds(), threading.active_count()))
     gc.unfreeze()
     memory, files, threads = zip(*seen, strict=True)
     # The first phases fill allocators and caches.
-    assert memory[-1] - memory[1] < 10, memory
+    assert memory[-1] - memory[1] < 20, memory
     assert files[-1] <= files[1], files
     assert threads[-1] <= threads[1], threads
