@@ -189,13 +189,14 @@ def data_hash(dataset: datasets.Dataset) -> str:
 
 
 def item_id_range(dataset: datasets.Dataset) -> tuple[int, int]:
-    """The lowest and the highest internal id in `item_ids`; `(1, 1)` of no rows."""
-    low, high = [1], [1]
+    """The lowest and the highest internal id in `item_ids`; `(1, 1)` where there is none."""
+    low, high = [], []
     for batch in dataset.select_columns(["item_ids"]).with_format("arrow").iter(batch_size=1 << 16):
         extremes = pc.min_max(pc.list_flatten(batch["item_ids"])).as_py()
-        low.append(extremes["min"] if extremes["min"] is not None else 1)
-        high.append(extremes["max"] if extremes["max"] is not None else 1)
-    return min(low), max(high)
+        if extremes["min"] is not None:
+            low.append(extremes["min"])
+            high.append(extremes["max"])
+    return min(low, default=1), max(high, default=1)
 
 
 def _sorted_items(

@@ -184,6 +184,9 @@ def test_a_leak_is_an_error():
     for name, end in (("train", 3), ("train", 4), ("validation", 4)):
         with pytest.raises(DataError, match=f"1 targets of .* lie in {name}"):
             _splits(users, user, items, good | {name: np.array([end])})
+    # Also of a user without a validation row.
+    with pytest.raises(DataError, match="1 targets of test lie in train"):
+        _splits(users, user, items, good | {"train": np.array([4]), "validation": np.array([0])})
 
 
 @pytest.mark.parametrize("split", [split_leave_one_out, split_by_time, split_by_ratio])

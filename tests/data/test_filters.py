@@ -45,6 +45,15 @@ def test_nothing_goes_unless_asked():
         ({"duplicates": "last", "end_time": 30}, [("u", "b", 20), ("u", "a", 20), ("v", "a", 5)]),
         ({"max_history": 1}, [("u", "a", 20), ("v", "c", 30), ("w", "c", 40)]),
         ({"min_history": 2, "max_history": 2}, [("u", "a", 20), ("u", "a", 20), ("v", "a", 5), ("v", "c", 30)]),
+        # Repeats go before the newest are counted.
+        (
+            {"duplicates": "first", "max_history": 2},
+            [("u", "a", 10), ("u", "b", 20), ("v", "a", 5), ("v", "c", 30), ("w", "c", 40)],
+        ),
+        ({"k_item": 3}, [("u", "a", 10), ("u", "a", 20), ("u", "a", 20), ("v", "a", 5)]),
+        # Of two bounds for a user the larger one.
+        ({"min_history": 3, "k_user": 1}, [("u", "a", 10), ("u", "b", 20), ("u", "a", 20), ("u", "a", 20)]),
+        ({"min_history": 1, "k_user": 3}, [("u", "a", 10), ("u", "b", 20), ("u", "a", 20), ("u", "a", 20)]),
         ({"k_user": 2, "k_item": 2, "min_rating": 2}, [("u", "a", 10), ("u", "a", 20), ("u", "a", 20)]),
     ],
 )

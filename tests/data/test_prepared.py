@@ -24,6 +24,8 @@ from llmd4rec_hf.data import (
     load_prepared,
     make_demo,
     prepare,
+    split_by_ratio,
+    split_by_time,
     split_leave_one_out,
 )
 from llmd4rec_hf.data.prepared import is_prepared
@@ -58,6 +60,28 @@ def test_the_folder_holds_what_the_steps_give(demo, tmp_path):
         "interactions.parquet", "items.parquet", "vocabulary.json", "sequences", "data_card.json", "data_card.md",
         "prepared.json",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "split"), [("time", split_by_time), ("ratio", split_by_ratio)])
+def test_other_splits(demo, tmp_path, name, split):
+    prepared = prepare(*demo, tmp_path, split=name, with_floors=False)
+    expected = split(demo[0], ItemVocabulary.from_interactions(*demo))
+    assert {part: data_hash(rows) for part, rows in prepared.sequences.items()} == {
+        part: data_hash(rows) for part, rows in expected.items()
+    }
+
+
+def test_a_folder_gives_its_catalogue_in_the_format_of_its_log(tmp_path):
+    """Of two data sets in it, both parts come from the one that is named."""
+    folder = tmp_path / "both"
+    folder.mkdir()
+    (folder / "interactions.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"1,{i},{i}\n" for i in range(4)))
+    (folder / "items.csv").write_text("item_id,title\n" + "".join(f"{i},Cup {i}\n" for i in range(4)))
+    (folder / "ratings.dat").write_text("".join(f"1::{i}::5::{i}\n" for i in range(4)))
+    (folder / "movies.dat").write_text("".join(f"{i}::Film {i} (1999)::Drama\n" for i in range(4)))
+    for name, title in (("movielens", "Film 0"), ("auto", "Cup 0")):
+        prepared = prepare(folder, output_dir=tmp_path / name, format=name, with_floors=False)
+        assert title in prepared.vocabulary.texts[0]
 
 
 def test_sequences_are_mapped_and_not_read(demo, tmp_path):
@@ -110,7 +134,8 @@ class TestCache:
     def test_tables_go_by_their_values(self, demo, tmp_path):
         dataset = datasets.Dataset.from_pandas(demo[0].to_pandas())
         frame = dataset.to_pandas()
-        sources = (frame, frame.copy(), dataset, dataset.select(range(len(frame))), frame.iloc[:-1])
+        halves = datasets.concatenate_datasets([dataset.select(range(9)), dataset.select(range(9, len(frame)))])
+        sources = (frame, frame.copy(), dataset, dataset.select(range(len(frame))), halves, frame.iloc[:-1])
         keys = [prepare(source, output_dir=tmp_path, with_floors=False).key for source in sources]
         assert len(set(keys[:-1])) == 1
         assert keys[-1] != keys[0]
@@ -178,14 +203,38 @@ class TestCache:
         assert len(read) == 1
         assert vocabularies[0] == vocabularies[1] == vocabularies[2]
 
+    def test_a_card_with_floors_is_another_one(self, tmp_path):
+        table = pd.DataFrame({"user_id": [1] * 4, "item_id": [1, 2, 3, 4]})
+        cards = [prepare(table, output_dir=tmp_path, with_floors=wanted).card for wanted in (False, True)]
+        assert ["floors" in card for card in cards] == [False, True]
+
+    @pytest.mark.parametrize("shown", [True, False])
+    def test_progress_bars_are_shown_again_if_they_were(self, tmp_path, monkeypatch, shown):
+        said = []
+        monkeypatch.setattr(datasets, "are_progress_bars_disabled", lambda: not shown)
+        monkeypatch.setattr(datasets, "disable_progress_bars", lambda: said.append("off"))
+        monkeypatch.setattr(datasets, "enable_progress_bars", lambda: said.append("on"))
+        table = pd.DataFrame({"user_id": [1] * 4, "item_id": [1, 2, 3, 4]})
+        prepare(table, output_dir=tmp_path, with_floors=False)
+        assert said == ["off", *["on"] * shown]
+
+    def test_nothing_of_what_was_there_before_is_left(self, demo, tmp_path):
+        prepare(*demo, tmp_path, with_floors=False)
+        left = tmp_path / "sequences" / "train" / "cache-of-a-map.arrow"
+        left.touch()
+        prepared = prepare(demo[0], output_dir=tmp_path, with_floors=False)
+        assert prepared.items is None
+        assert not left.exists()
+
     def test_a_torn_folder_is_no_prepared_folder(self, demo, tmp_path, monkeypatch):
         def fail(*_):
             raise KeyboardInterrupt
 
+        prepare(*demo, tmp_path, with_floors=False, split="ratio")
         monkeypatch.setattr("llmd4rec_hf.data.prepared.render", fail)
         with pytest.raises(KeyboardInterrupt):
             prepare(*demo, tmp_path, with_floors=False)
-        with pytest.raises(DataError, match="prepare it again"):
+        with pytest.raises(DataError, match=r"no complete prepared data .*prepare it again"):
             load_prepared(tmp_path)
         monkeypatch.undo()
         prepare(*demo, tmp_path, with_floors=False)

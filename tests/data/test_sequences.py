@@ -16,6 +16,7 @@ from llmd4rec_hf.data import (
     split_by_time,
     split_leave_one_out,
 )
+from llmd4rec_hf.data.sequences import item_id_range
 from llmd4rec_hf.errors import ConfigurationError, DataError
 
 
@@ -141,10 +142,38 @@ class TestByTime:
         assert by_user(splits["validation"]) == {1: [1, 2, 3]}
 
 
+@pytest.mark.parametrize(
+    ("count", "validation_ratio", "test_ratio", "lengths"),
+    [
+        # A share of 1.4 items is one, of 2.1 two.
+        (7, 0.2, 0.3, {"train": [4], "validation": [5], "test": [6]}),
+        # 1.6 and 2.4: two each.
+        (8, 0.2, 0.3, {"train": [4], "validation": [5], "test": [7]}),
+        (5, 0.0, 0.0, {"train": [3], "validation": [4], "test": [5]}),
+        # A history for either target is left before the shares, though none to train on.
+        (5, 0.1, 0.8, {"train": [], "validation": [2], "test": [3]}),
+        (5, 0.5, 0.3, {"train": [], "validation": [2], "test": [4]}),
+    ],
+)
+def test_shares_by_hand(count, validation_ratio, test_ratio, lengths):
+    ratios = {"validation_ratio": validation_ratio, "test_ratio": test_ratio}
+    splits = split(log({1: list(range(count))}), split_by_ratio, **ratios)
+    assert {name: rows["length"][:] for name, rows in splits.items()} == lengths
+
+
 @pytest.mark.parametrize("ratios", [(-0.1, 0.1), (0.5, 0.5), (float("nan"), 0.1)])
 def test_ratios_leave_some_for_train(ratios):
     with pytest.raises(DataError, match="must be 0 or more and leave some for train"):
         split(log({1: [1, 2, 3]}), split_by_ratio, validation_ratio=ratios[0], test_ratio=ratios[1])
+
+
+@pytest.mark.parametrize(
+    ("item_ids", "expected"),
+    [([[5, 2], [], [7]], (2, 7)), ([[3], [0, 3]], (0, 3)), ([[], []], (1, 1)), ([], (1, 1))],
+)
+def test_range_of_item_ids(item_ids, expected):
+    features = datasets.Features({"item_ids": datasets.List(datasets.Value("int32"))})
+    assert item_id_range(datasets.Dataset.from_dict({"item_ids": item_ids}, features)) == expected
 
 
 class TestDataHash:
