@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llmd4rec_hf.errors import ConfigurationError, DataError
+from llmd4rec_hf.evaluation import ranking
 from llmd4rec_hf.evaluation.ranking import TIES, ranking_metrics, score_targets, target_ranks
 
 
@@ -117,6 +118,19 @@ class TestTargetRanks:
         item_matrix[9, 0] = math.nan
         with pytest.raises(ValueError, match="Non-finite scores in 23 of 23 rows"):
             target_ranks(hidden, item_matrix, labels)
+
+    @pytest.mark.parametrize("value", [math.inf, -math.inf])
+    def test_nor_may_a_single_score_be_infinite(self, value):
+        item_matrix = torch.ones(5, 1)
+        item_matrix[3] = value
+        with pytest.raises(DataError, match="Non-finite scores in 2 of 2 rows"):
+            target_ranks(torch.ones(2, 1), item_matrix, torch.tensor([1, 2]))
+
+    def test_a_row_that_is_more_than_a_chunk_may_hold(self, monkeypatch):
+        hidden, item_matrix, labels, _ = small_problem()
+        expected = target_ranks(hidden, item_matrix, labels)
+        monkeypatch.setattr(ranking, "_CHUNK_BYTES", 4 * 17)
+        assert torch.equal(target_ranks(hidden, item_matrix, labels), expected)
 
     def test_no_rows(self):
         result = score_targets(torch.empty(0, 4), torch.randn(5, 4), torch.empty(0, dtype=torch.long))

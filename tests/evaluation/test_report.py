@@ -9,7 +9,7 @@ from rich.console import Console
 
 from llmd4rec_hf.evaluation.figure import draw_report
 from llmd4rec_hf.evaluation.report import markdown_report, relative_gain, summary_table, write_report
-from llmd4rec_hf.evaluation.results import cautions
+from llmd4rec_hf.evaluation.results import cautions, cut_offs, main_cut_off
 
 
 def metrics(scale):
@@ -116,6 +116,7 @@ class TestMarkdownReport:
         assert row(text, "LLM, distilled")[column] == "0.0550"
         assert row(text, "LLM, without distillation")[column] == "0.0500"
         assert row(text, "CRM, distilled")[:2] == ["CRM, distilled", "2"]
+        assert row(text, "CRM, without distillation")[:2] == ["CRM, without distillation", "0"]
 
     def test_gains_are_signed(self):
         text = markdown_report(results())
@@ -148,6 +149,13 @@ class TestMarkdownReport:
         assert row(table, "1")[-1] == f"{expected:.4f}"
         assert row(table, "0")[1:5] == ["–"] * 4
         assert row(table, "3")[0] == "3"
+
+    def test_distillation_has_a_row_per_round(self):
+        text = markdown_report(results())
+        table = text[text.index("## Distillation by round") : text.index("## Data")]
+        assert row(table, "round")[1:4] == ["LLM KL", "LLM mean weight", "LLM agreement with teacher"]
+        assert row(table, "0")[1:] == ["–"] * 6
+        assert row(table, "2")[1:] == ["1.0000", "0.9600", "0.3800", "0.7000", "1.2000", "0.4300"]
 
     def test_what_was_not_run_is_a_dash(self):
         text = markdown_report(without_controls())
@@ -211,6 +219,24 @@ class TestCautions:
         run = without_controls()
         run["dataset"]["test_ndcg@10_of_item_knn"] = 0.5
         assert cautions(run) == []
+
+
+class TestCutOffs:
+    @pytest.mark.parametrize(
+        ("tested", "validated", "expected", "shown"),
+        [
+            ((5, 10, 20), (10,), [5, 10, 20], 10),
+            ((3,), (1, 20), [1, 3, 20], 3),
+            ((), (1, 5), [1, 5], 5),
+            ((), (), [], 10),
+        ],
+    )
+    def test_all_that_were_measured_and_the_one_to_show(self, tested, validated, expected, shown):
+        run = without_controls()
+        run["final"]["llm"] = {"test": {f"hr@{k}": 0.1 for k in tested}}
+        run["final"]["crm"] = None
+        run["rounds"] = [{"round": 0, "crm": {"validation": {f"hr@{k}": 0.1 for k in validated}}}]
+        assert (cut_offs(run), main_cut_off(run)) == (expected, shown)
 
 
 class TestRelativeGain:
