@@ -138,7 +138,7 @@ def _round_entry(phases: dict[str, dict], number: int, has_controls: bool) -> di
             if record is not None:
                 entry[key] = {"validation": record["validation"], "test": None}
         record = phases.get(Phase(side, number, DISTILLED).name)
-        entry["distillation"][side] = record["distillation"] if record and number else None
+        entry["distillation"][side] = record["distillation"] if record else None
     if number == 0 and has_controls:
         entry["crm_control"] = entry["crm"]
     return entry

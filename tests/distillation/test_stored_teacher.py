@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cached_rows import (
+    MAX_LENGTH,
     NUM_ITEMS,
     ROWS,
     collate,
@@ -178,8 +179,8 @@ def builds(monkeypatch):
 
 
 def test_for_teacher_builds_once(builds, teacher, dataset, tmp_path):
-    for _ in range(3):
-        cache = TeacherCache.for_teacher(teacher, dataset, tmp_path / "cache", batch_size=2)
+    for options in ({}, {}, {"max_length": None}, {"max_length": MAX_LENGTH}):
+        cache = TeacherCache.for_teacher(teacher, dataset, tmp_path / "cache", batch_size=2, **options)
         assert torch.equal(lookup(cache, collate(dataset)), live(teacher, collate(dataset)))
     assert len(builds) == 1
 

@@ -17,8 +17,8 @@ from cached_rows import (
     make_teacher,
 )
 
-from llmd4rec_hf.distillation import TeacherCache, distillation_loss, stored_teacher, teacher_cache
-from llmd4rec_hf.distillation.low_rank import LowRankTeacher
+from llmd4rec_hf.distillation import TeacherCache, distillation_loss, stored_rows, stored_teacher, teacher_cache
+from llmd4rec_hf.distillation.low_rank import LowRankTeacher, score_errors
 from llmd4rec_hf.errors import CacheError, ConfigurationError
 from llmd4rec_hf.models import GRU4RecConfig, GRU4RecModel, SASRecConfig, SASRecModel
 
@@ -183,11 +183,22 @@ def test_a_teacher_that_needs_more_than_half_its_width_stays_as_it_is(
     assert narrowed or torch.equal(cache.item_matrix, wide_teacher.item_matrix().detach().float())
 
 
-def test_a_narrow_teacher_is_kept_exactly_whatever_error_is_allowed(teacher, dataset, tmp_path):
+@pytest.mark.parametrize("width", [8, 128])
+def test_a_narrow_teacher_is_kept_exactly_whatever_error_is_allowed(dataset, tmp_path, width):
+    teacher = make_teacher(width=width)
     cache = TeacherCache.build(teacher, dataset, tmp_path / "cache", max_error=1.0)
     batch = collate(dataset)
     assert torch.equal(lookup(cache, batch), live(teacher, batch))
     assert not cache.is_reduced
+
+
+def test_the_stated_error_is_that_of_what_is_stored(wide_teacher, dataset, tmp_path, monkeypatch):
+    """Rounded too, where the narrow form is still a wide one."""
+    monkeypatch.setattr(stored_rows, "EXACT_WIDTH", 4)
+    cache = TeacherCache.build(wide_teacher, dataset, tmp_path / "cache", max_error=1e-3)
+    batch, items = collate(dataset), wide_teacher.item_matrix().detach().float()
+    error, _ = score_errors(live(wide_teacher, batch), items, lookup(cache, batch), cache.item_matrix)
+    assert cache.manifest["reduction"]["score_error"] == pytest.approx(error, rel=1e-2)
 
 
 def test_the_narrow_form_is_found_from_a_sample(wide_teacher, tmp_path, monkeypatch):
@@ -195,8 +206,11 @@ def test_the_narrow_form_is_found_from_a_sample(wide_teacher, tmp_path, monkeypa
     monkeypatch.setattr(teacher_cache, "_FITTED_POSITIONS_PER_DIMENSION", 0.3)
     monkeypatch.setattr(teacher_cache, "_CHECKED_POSITIONS", 6)
     rows = {row: [1 + row % 9, 1 + (row * 5) % 9, 3, 1 + (row * 2) % 9] for row in range(60)}
-    encoded = []
-    encode = SASRecModel.encode
+    encoded, orders = [], []
+    encode, encode_rows = SASRecModel.encode, teacher_cache._encoded
+    monkeypatch.setattr(
+        teacher_cache, "_encoded", lambda *args: orders.append(set(args[2].tolist())) or encode_rows(*args)
+    )
     monkeypatch.setattr(
         SASRecModel, "encode", lambda self, items, *rest: encoded.append(len(items)) or encode(self, items, *rest)
     )
@@ -204,6 +218,9 @@ def test_the_narrow_form_is_found_from_a_sample(wide_teacher, tmp_path, monkeypa
     # 48 positions at three a row, then six, then all.
     assert encoded == [16, 2, 60]
     assert cache.manifest["reduction"]["positions"] == 6
+    fitted, checked, stored = orders
+    assert not fitted & checked
+    assert stored == set(range(60))
 
 
 @pytest.mark.parametrize("max_error", [-0.1, float("nan")])
@@ -220,6 +237,15 @@ def test_a_teacher_that_diverged_is_named(dataset, tmp_path, width, what):
     weight.data[-1] = float("nan")
     with pytest.raises(CacheError, match=f"{what} holds numbers that are not finite"):
         TeacherCache.build(teacher, dataset, tmp_path / "cache", max_error=0.01)
+
+
+def test_the_padding_of_an_item_matrix_may_hold_anything(dataset, tmp_path):
+    teacher = make_teacher()
+    items = teacher.item_matrix().detach().clone()
+    items[0] = float("nan")
+    teacher.item_matrix = lambda: items
+    cache = TeacherCache.build(teacher, dataset, tmp_path / "cache")
+    assert torch.equal(cache.item_matrix[1:], items[1:].float())
 
 
 def test_a_folder_of_something_else_is_left_alone(teacher, dataset, tmp_path):
