@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from llmd4rec_hf import CRMArguments, MutualDistillArguments
+from llmd4rec_hf.errors import RunStateError
+from llmd4rec_hf.files import write_json, write_manifest
+from llmd4rec_hf.run_state import STATE_NAME, STATE_VERSION, read_state, run_identity
+
+
+PHASES = {"0-crm-distilled": {"seconds": 1}, "1-llm-distilled": {"seconds": 2}, "1-crm-distilled": {"seconds": 3}}
+IDENTITY = {"config.rounds": 1, "vocabulary": "abc"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A finished run of three phases, as far as its state goes."""
+    for name in ("initial-crm", "initial-llm", *(f"{phase}/model" for phase in PHASES)):
+        model = tmp_path / "phases" / name
+        model.mkdir(parents=True)
+        (model / "weights").write_text(name)
+        write_manifest(model)
+    state = {"version": STATE_VERSION, "identity": IDENTITY, "phases": PHASES, "finished": True}
+    write_json(tmp_path / STATE_NAME, state)
+    return tmp_path
+
+
+def test_what_is_recorded_and_there_is_read_back(folder):
+    state = read_state(folder, IDENTITY)
+    assert state["phases"] == PHASES and list(state["phases"]) == list(PHASES)
+    assert state["finished"]
+    assert read_state(folder / "elsewhere", IDENTITY) is None
+
+
+@pytest.mark.parametrize("gone", range(3))
+def test_a_phase_whose_model_is_gone_goes_with_those_that_built_on_it(folder, gone):
+    shutil.rmtree(folder / "phases" / list(PHASES)[gone] / "model")
+    state = read_state(folder, IDENTITY)
+    assert list(state["phases"]) == list(PHASES)[:gone]
+    assert not state["finished"]
+
+
+@pytest.mark.parametrize("version", [STATE_VERSION - 1, STATE_VERSION + 1])
+def test_a_state_of_another_version_is_refused(folder, version):
+    state = json.loads((folder / STATE_NAME).read_text())
+    write_json(folder / STATE_NAME, state | {"version": version})
+    with pytest.raises(RunStateError, match=f"of version {version}, this release reads {STATE_VERSION}"):
+        read_state(folder, IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("identity", "difference"),
+    [
+        (IDENTITY | {"config.rounds": 2}, "config.rounds: 1 there, 2 here"),
+        (IDENTITY | {"config.seed": 5}, "config.seed: None there, 5 here"),
+        ({"vocabulary": "abc"}, "config.rounds: 1 there, None here"),
+    ],
+)
+def test_what_differs_is_named_whichever_run_has_it(folder, identity, difference):
+    with pytest.raises(RunStateError, match=difference):
+        read_state(folder, identity)
+
+
+@pytest.fixture
+def identify(make_crm, make_llm, vocabulary, splits):
+    """The identity of a run whose CRM is trained with these arguments, on these splits."""
+    models = {"crm": make_crm(), "llm": make_llm()}
+
+    def identify(sequences=splits, **crm_args) -> dict:
+        args = {"crm": CRMArguments("x", use_cpu=True, **crm_args), "llm": MutualDistillArguments("x", use_cpu=True)}
+        return run_identity({"rounds": 3}, args, models, vocabulary, sequences)
+
+    return identify
+
+
+def test_a_run_is_the_same_however_a_steps_rows_come_together(identify):
+    whole = identify(per_device_train_batch_size=16)
+    assert whole["crm_args.rows_per_step"] == 16
+    assert identify(per_device_train_batch_size=8, gradient_accumulation_steps=2) == whole
+    assert identify(per_device_train_batch_size=8) != whole
+
+
+def test_every_split_counts(identify, splits):
+    whole = identify()
+    for name in splits:
+        changed = identify({**splits, name: splits[name].select([1, 0])})
+        assert [key for key in whole if changed[key] != whole[key]] == [f"sequences.{name}"]
