@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import importlib.metadata
+from importlib.metadata import PackageNotFoundError
+
+import pytest
 from datasets import Dataset
 
-from llmd4rec_hf import ItemVocabulary
-from llmd4rec_hf.run_results import assemble_results, dataset_entry, rounds_of
+from llmd4rec_hf import ItemVocabulary, run_results
+from llmd4rec_hf.run_results import assemble_results, dataset_entry, late_gain, rounds_of
 
 
 def record(value: float, distillation: dict | None = None) -> dict:
@@ -72,3 +76,29 @@ def test_what_there_is_to_say_about_the_data():
     # Who was filtered out of the splits is known from the log alone; what was tested is not for others to say.
     known = dataset_entry(test, vocabulary, "walk", {"users": 9, "density": 0.5, "test_rows": 9})
     assert (known["users"], known["density"], known["test_rows"]) == (9, 0.5, 2)
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        ([0.1, 0.2, 0.25], 0.25),
+        ([0.1, 0.2, 0.15], 0.0),
+        # Of twenty the last two.
+        ([*[0.1] * 17, 0.2, 0.22, 0.21], 0.1),
+        ([0.2], None),
+        ([], None),
+        ([0.0, 0.2], None),
+    ],
+)
+def test_how_far_validation_rose_at_the_end(history, expected):
+    assert late_gain(history) == pytest.approx(expected)
+
+
+def test_a_folder_of_numbas_name_is_no_version_of_it(monkeypatch):
+    def version(name):
+        if name == "numba":
+            raise PackageNotFoundError(name)
+        return importlib.metadata.version(name)
+
+    monkeypatch.setattr(run_results, "version", version)
+    assert {"torch", "numpy"} <= set(run_results._versions()) - {"numba"} == set(run_results._versions())

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from llmd4rec_hf import CRMArguments, MutualDistillArguments
+from llmd4rec_hf import CRMArguments, LLMRecommender, MutualDistillArguments
 from llmd4rec_hf.errors import RunStateError
 from llmd4rec_hf.files import write_json, write_manifest
-from llmd4rec_hf.run_state import STATE_NAME, STATE_VERSION, read_state, run_identity
+from llmd4rec_hf.run_state import STATE_NAME, STATE_VERSION, Phase, read_state, run_identity
 
 
 PHASES = {"0-crm-distilled": {"seconds": 1}, "1-llm-distilled": {"seconds": 2}, "1-crm-distilled": {"seconds": 3}}
@@ -27,6 +27,24 @@ def folder(tmp_path):
     state = {"version": STATE_VERSION, "identity": IDENTITY, "phases": PHASES, "finished": True}
     write_json(tmp_path / STATE_NAME, state)
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("phase", "previous", "teacher"),
+    [
+        (Phase("crm", 0, "distilled"), None, None),
+        (Phase("llm", 1, "distilled"), None, Phase("crm", 0, "distilled")),
+        (Phase("crm", 1, "distilled"), Phase("crm", 0, "distilled"), Phase("llm", 1, "distilled")),
+        (Phase("llm", 2, "distilled"), Phase("llm", 1, "distilled"), Phase("crm", 1, "distilled")),
+        # Both arms begin with one warm-up.
+        (Phase("llm", 1, "control"), None, Phase("crm", 0, "distilled")),
+        (Phase("crm", 1, "control"), Phase("crm", 0, "distilled"), Phase("llm", 1, "control")),
+        (Phase("crm", 2, "control"), Phase("crm", 1, "control"), Phase("llm", 2, "control")),
+    ],
+    ids=lambda phase: getattr(phase, "name", None),
+)
+def test_what_each_phase_builds_upon(phase, previous, teacher):
+    assert (phase.previous, phase.teacher) == (previous, teacher)
 
 
 def test_what_is_recorded_and_there_is_read_back(folder):
@@ -82,6 +100,12 @@ def test_a_run_is_the_same_however_a_steps_rows_come_together(identify):
     assert whole["crm_args.rows_per_step"] == 16
     assert identify(per_device_train_batch_size=8, gradient_accumulation_steps=2) == whole
     assert identify(per_device_train_batch_size=8) != whole
+
+
+def test_what_an_adapter_was_asked_for_counts(identify, monkeypatch):
+    whole = identify()
+    monkeypatch.setattr(LLMRecommender, "added_settings", lambda model: {"adapter.r": 8})
+    assert identify() == whole | {"llm.adapter.r": 8}
 
 
 def test_every_split_counts(identify, splits):
