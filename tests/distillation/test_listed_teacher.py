@@ -24,6 +24,7 @@ from llmd4rec_hf import (
     TeacherCache,
     distillation_loss,
 )
+from llmd4rec_hf.distillation import listed_teacher
 from llmd4rec_hf.errors import CacheError, ConfigurationError, DataError
 
 
@@ -97,7 +98,9 @@ def test_lookup_is_what_the_teacher_says(cache, order, max_length):
     assert (lists.ids.dtype, lists.log_probs.dtype) == (torch.int64, torch.float32)
 
 
-def test_every_history_is_asked_for_once(tmp_path):
+@pytest.mark.parametrize("rows_at_a_time", [1024, 2])
+def test_every_history_is_asked_for_once(tmp_path, monkeypatch, rows_at_a_time):
+    monkeypatch.setattr(listed_teacher, "_ROWS_AT_A_TIME", rows_at_a_time)
     seen = []
 
     def teacher(histories):
@@ -148,6 +151,11 @@ def test_lists_of_different_lengths_and_any_order(tmp_path):
     expected[1, [1, 2, 6]] = torch.tensor([0.3, 0.2, 0.1])
     expected[2] = 1 / 9
     torch.testing.assert_close(lists.dense(NUM_ITEMS).exp(), expected)
+
+
+def test_of_equals_those_that_are_listed_first_are_kept(tmp_path):
+    cache = build(tmp_path / "cache", answering(range(40, 0, -1), [-5.0] * 40), num_items=40, list_size=20)
+    assert lookup(cache, collate()).ids[0].tolist() == list(range(40, 20, -1))
 
 
 def test_tensors_will_do(tmp_path, cache):
@@ -247,6 +255,7 @@ def test_a_build_that_fails_leaves_the_old_cache(cache):
         (answering([4, 5], [0.3, 0.2]), r"above 0 \(is it a probability, or a score without"),
         (answering([4, 5], [800.0, -1.0]), "above 0"),
         (answering([4, 5], [-0.1, -0.5]), "holds probabilities that add up to more than 1"),
+        (answering([4, 5], np.log([0.501, 0.5005])), "holds probabilities that add up to more than 1"),
         (answering([4, 5], [-1.0]), "equally long: for 4 histories .* lengths"),
         (lambda histories: ([[1]], [[-1.0]]), "equally long: for 4 histories"),
         (lambda histories: None, "must return ids and log-probabilities"),
@@ -279,6 +288,7 @@ def test_what_half_precision_adds_is_let_pass(tmp_path, surplus):
     assert lookup(cache, collate()).dense(NUM_ITEMS).exp()[0].tolist() == pytest.approx(
         [0, 0, 0, 0.5 + surplus, 0.5, 0, 0, 0, 0]
     )
+    build(tmp_path / "certain", answering([4], np.log([1.0 + surplus])))
 
 
 @pytest.mark.parametrize(

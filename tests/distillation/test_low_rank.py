@@ -65,6 +65,16 @@ def test_a_teacher_that_says_nothing_keeps_one_dimension():
     assert reduced.error == 0.0
 
 
+@pytest.mark.parametrize("width", [5, 7])
+def test_item_vectors_spread_scores_as_far_as_they_are_asked_to(teacher, width):
+    """Hidden states of unit components give an item's score the root mean square of its vector's length."""
+    hidden, items = teacher
+    vectors = reduce_teacher(moment(hidden), items, max_rank=5).item_vectors(width, 2.0)
+    assert vectors.shape == (81, width)
+    assert vectors[1:].square().sum(dim=1).mean().sqrt().item() == pytest.approx(2.0)
+    assert not vectors[0].any() and not vectors[:, 5:].any()
+
+
 def test_a_large_catalogue_is_taken_in_parts(teacher, monkeypatch):
     hidden, items = teacher
     whole = reduce_teacher(moment(hidden), items, 0.1)

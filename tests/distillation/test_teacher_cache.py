@@ -339,6 +339,13 @@ def test_row_ids_that_are_no_numbers_of_rows(teacher, dataset, tmp_path):
         TeacherCache.build(teacher, rows, tmp_path / "cache")
 
 
+def test_as_many_rows_as_there_are_ids_may_be_numbered(teacher, dataset, tmp_path, monkeypatch):
+    """However many that are: what is refused are ids far beyond the rows' number."""
+    monkeypatch.setattr(stored_teacher, "_LARGEST_ROW_ID", 3)
+    assert max(dataset["row_id"]) > 3
+    TeacherCache.build(teacher, dataset, tmp_path / "cache")
+
+
 # --- item vectors for a student --------------------------------------------------------------------------------------
 
 

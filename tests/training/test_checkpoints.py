@@ -4,7 +4,8 @@ from __future__ import annotations
 import pytest
 from transformers import TrainerState
 
-from llmd4rec_hf.training.checkpoints import STATE_NAME, rehome, rotate_checkpoints
+from llmd4rec_hf.files import find_damage, write_manifest
+from llmd4rec_hf.training.checkpoints import STATE_NAME, last_whole_checkpoint, rehome, rotate_checkpoints
 
 
 @pytest.mark.parametrize(
@@ -47,5 +48,21 @@ def test_a_checkpoint_finds_its_best_one_beside_it_and_else_where_it_was(tmp_pat
     checkpoint = tmp_path / "checkpoint-2"
     for name, expected in (("checkpoint-1", str(tmp_path / "checkpoint-1")), ("checkpoint-9", "/old/checkpoint-9")):
         TrainerState(best_model_checkpoint=f"/old/{name}").save_to_json(str(checkpoint / STATE_NAME))
+        write_manifest(checkpoint)
         rehome(checkpoint)
+        assert find_damage(checkpoint) is None
         assert TrainerState.load_from_json(str(checkpoint / STATE_NAME)).best_model_checkpoint == expected
+
+
+@pytest.mark.parametrize(("damaged", "last"), [(None, 30), (30, 20), (10, 20), (20, 30)], ids=lambda value: str(value))
+def test_the_last_checkpoint_is_whole_if_the_best_one_that_it_points_to_is(tmp_path, damaged, last):
+    """The last of three has the first as its best one, wherever that lay once; the second is its own."""
+    for step, best in ((10, 10), (20, 20), (30, 10)):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        TrainerState(best_model_checkpoint=f"/old/checkpoint-{best}").save_to_json(str(checkpoint / STATE_NAME))
+        (checkpoint / "weights").write_text("w")
+        write_manifest(checkpoint)
+    if damaged is not None:
+        (tmp_path / f"checkpoint-{damaged}" / "weights").write_text("v")
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{last}")
