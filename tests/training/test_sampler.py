@@ -51,6 +51,8 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert order(1, 2) == order(1, 2)
     assert order(1, 2) != order(1, 3)
     assert order(1, 2) != order(2, 2)
+    # A run with the next seed must not see the same orders an epoch later.
+    assert order(1, 2) != order(2, 1)
 
 
 def test_only_the_last_batch_is_not_full():
@@ -124,7 +126,8 @@ def test_shapes_are_few_and_the_same_in_each_epoch():
     assert orders[0] != orders[1]
     sampler.set_epoch(0)
     assert list(sampler) == orders[0]
-    assert list(PositionBudgetBatchSampler(positions, 256, 2, seed=1)) != orders[0]
+    # Nor are those of another seed an epoch later the same.
+    assert list(PositionBudgetBatchSampler(positions, 256, 2, seed=1)) not in orders
 
 
 @given(
@@ -203,5 +206,6 @@ def test_a_resumed_epoch_goes_on_with_its_own_order(budgeted, processes):
         return [batch.tolist() for batch in loader]
 
     whole = rest(*loader(), 1.0)
-    prepared, epoch = loader()
-    assert rest(skip_first_batches(prepared, 2), epoch, 1.4) == whole[2:]
+    for done in (2, 3):
+        prepared, epoch = loader()
+        assert rest(skip_first_batches(prepared, done), epoch, 1 + done / 5) == whole[done:]
