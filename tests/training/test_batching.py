@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with batches that are capped by their padded positions."""
+"""Batches of like length, and training with those that are capped by their padded positions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
+from datasets import Dataset
 from trained import losses, weights
 from transformers import TrainerCallback
 
@@ -32,6 +33,42 @@ def test_batches_keep_to_the_budget_and_hold_each_row_once(make_crm, arguments, 
     assert all(batch["item_ids"].numel() <= 24 for batch in batches)
     assert max(batch["item_ids"].shape[1] for batch in batches) == 6
     assert not all(batch["attention_mask"].all() for batch in batches)
+
+
+def test_positions_are_those_that_are_read_one_at_least(make_crm, arguments):
+    """Of 1, 2, 4 and 9 items, by a model that reads 6 and by a collator that leaves 3."""
+    lengths = [1, 2, 4, 9]
+    rows = Dataset.from_dict({"item_ids": [[1] * n for n in lengths], "length": lengths, "row_id": [0, 1, 2, 3]})
+    trainer = CRMTrainer(make_crm(), arguments(), rows)
+    assert trainer._budgeted_batches().positions.tolist() == [1, 1, 3, 6]
+    trainer = CRMTrainer(make_crm(), arguments(), rows, data_collator=SequenceCollator(max_length=3))
+    assert trainer._budgeted_batches().positions.tolist() == [1, 1, 3, 3]
+    assert trainer._mean_positions == (0 + 1 + 3 + 3) / 4
+
+
+def test_accelerate_evens_out_other_batches_alone(make_crm, arguments, splits, monkeypatch):
+    trainer = CRMTrainer(make_crm(), arguments(), splits["train"])
+    accelerator, seen = trainer.accelerator, []
+    monkeypatch.setattr(accelerator, "prepare", lambda loader: seen.append(accelerator.even_batches) or loader)
+    trainer.get_train_dataloader()
+    assert (seen, accelerator.even_batches) == ([False], True)
+
+
+@pytest.mark.parametrize(("settings", "seed"), [({"seed": 7}, 7), ({"seed": 7, "data_seed": 5}, 5)])
+@pytest.mark.parametrize("budget", [None, 24])
+def test_the_order_follows_the_seed_of_the_data(make_crm, arguments, splits, settings, seed, budget):
+    trainer = CRMTrainer(make_crm(), arguments(max_positions_per_batch=budget, **settings), splits["train"])
+    sampler = trainer._get_train_sampler() if budget is None else trainer._budgeted_batches()
+    assert sampler.seed == seed
+
+
+@pytest.mark.parametrize(("drop_last", "rows"), [(False, 10), (True, 12)])
+def test_rows_that_are_used_together_are_of_like_length(make_crm, make_arguments, splits, drop_last, rows):
+    """Over the accumulated batches of a step: 40 rows make three of 12 and one of 4, 10 on average."""
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "dataloader_drop_last": drop_last}
+    trainer = CRMTrainer(make_crm(), make_arguments(**settings), splits["train"])
+    assert trainer._get_train_sampler().batch_size == 12
+    assert trainer._rows_per_step == rows
 
 
 def test_training_learns_the_walk(make_crm, arguments, splits):
