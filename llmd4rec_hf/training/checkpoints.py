@@ -70,7 +70,7 @@ def rotate_checkpoints(folder: str | os.PathLike, limit: int | None, best: str |
         return
     kept = {checkpoints[-1].name} if best is None else {checkpoints[-1].name, Path(best).name}
     others = [checkpoint for checkpoint in checkpoints if checkpoint.name not in kept]
-    for checkpoint in others[: max(0, len(checkpoints) - max(limit, len(kept)))]:
+    for checkpoint in others[: max(0, len(checkpoints) - limit)]:
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 

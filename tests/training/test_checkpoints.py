@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 from transformers import TrainerState
 
-from llmd4rec_hf.files import find_damage, write_manifest
+from llmd4rec_hf.files import MANIFEST_NAME, find_damage, write_manifest
 from llmd4rec_hf.training.checkpoints import STATE_NAME, last_whole_checkpoint, rehome, rotate_checkpoints
 
 
@@ -52,6 +52,10 @@ def test_a_checkpoint_finds_its_best_one_beside_it_and_else_where_it_was(tmp_pat
         rehome(checkpoint)
         assert find_damage(checkpoint) is None
         assert TrainerState.load_from_json(str(checkpoint / STATE_NAME)).best_model_checkpoint == expected
+        # Once it is at home nothing is written any more.
+        written = (checkpoint / MANIFEST_NAME).stat().st_mtime_ns
+        rehome(checkpoint)
+        assert (checkpoint / MANIFEST_NAME).stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize(("damaged", "last"), [(None, 30), (30, 20), (10, 20), (20, 30)], ids=lambda value: str(value))

@@ -42,6 +42,16 @@ def test_batches_are_of_like_length_and_in_mixed_order():
     assert abs(np.corrcoef(np.arange(50), batches.mean(axis=1))[0, 1]) < 0.5
 
 
+def test_which_histories_meet_changes_from_epoch_to_epoch():
+    sampler = LengthBucketSampler(range(2, 302), batch_size=2)
+    pairs = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        pairs.append({frozenset(order[first : first + 2]) for first in range(0, 300, 2)})
+    assert pairs[0] != pairs[1]
+
+
 def test_order_depends_on_seed_and_epoch_alone():
     def order(seed, epoch):
         sampler = LengthBucketSampler([3, 4, 5, 6] * 10, 4, seed)
@@ -100,6 +110,8 @@ def test_each_process_gets_as_many_batches(positions, processes, starts):
     sampler = PositionBudgetBatchSampler(positions, 10, processes)
     assert sampler.starts.tolist() == starts
     assert len(sampler) == len(list(sampler)) == len(starts)
+    # Where nothing else is said, a step has a batch for each process.
+    assert sampler.steps_per_epoch == len(starts) // processes
 
 
 def test_steps_are_of_like_length_and_in_mixed_order():
