@@ -227,8 +227,10 @@ def test_a_run_that_began_with_other_weights_goes_on_with_them_and_says_so(make_
 def test_a_side_is_evaluated_as_its_arguments_say(make_run, monkeypatch, strategy, evaluations):
     seen = []
     monkeypatch.setattr(mutual_distillation, "late_gain", lambda history: seen.append(len(history)))
-    make_run("own", rounds=1, controls=False, crm_args=strategy, llm_args=strategy).run()
+    settings = {**strategy, "seen_items": "keep"}
+    results = make_run("own", rounds=1, controls=False, crm_args=settings, llm_args=settings).run()
     assert seen == evaluations
+    assert results["protocol"]["seen_items"] == "kept"
 
 
 @pytest.mark.parametrize("evaluated", [{}, {"eval_strategy": "epoch", "save_strategy": "epoch"}])
@@ -251,6 +253,8 @@ def test_what_is_set_for_a_side_is_kept_in_its_phases(make_run):
     args = run._phase_args(Phase("llm", 1, "distilled"))
     assert (args.metric_for_best_model, args.greater_is_better, args.load_best_model_at_end) == ("ndcg@10", True, True)
     assert (args.eval_strategy, args.save_strategy, args.save_total_limit) == ("epoch", "epoch", 1)
+    # And one that was stopped goes on with the patience that it had left.
+    assert args.restore_callback_states_from_checkpoint
 
 
 def test_control_arm_has_the_same_warm_up_and_no_teacher(make_run, monkeypatch):
