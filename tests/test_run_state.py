@@ -102,6 +102,22 @@ def test_a_run_is_the_same_however_a_steps_rows_come_together(identify):
     assert identify(per_device_train_batch_size=8) != whole
 
 
+def test_where_and_how_a_run_goes_on_makes_it_no_other(identify):
+    whole = identify()
+    for name, value in {
+        "disable_tqdm": True,
+        "log_level": "error",
+        "report_to": "none",
+        "hub_model_id": "someone/something",
+        "per_device_eval_batch_size": 3,
+        "eval_accumulation_steps": 2,
+        "loss_chunk_size": 5,
+        "save_total_limit": 2,
+    }.items():
+        assert identify(**{name: value}) == whole, name
+    assert identify(kl_weight=3.0) != whole
+
+
 def test_what_an_adapter_was_asked_for_counts(identify, monkeypatch):
     whole = identify()
     monkeypatch.setattr(LLMRecommender, "added_settings", lambda model: {"adapter.r": 8})

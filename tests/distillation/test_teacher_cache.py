@@ -367,3 +367,12 @@ def test_item_vectors_spread_a_students_scores_as_the_teachers(teacher, cache, w
     expected = right[:kept].T @ (singular[:kept, None] * right[:kept])
     torch.testing.assert_close(similarity / similarity.trace(), expected / expected.trace(), atol=1e-4, rtol=1e-3)
     assert not vectors[:, 8:].any()
+
+
+def test_item_vectors_of_a_large_cache_are_found_from_positions_of_all_its_rows(cache, monkeypatch):
+    monkeypatch.setattr(teacher_cache, "_FITTED_POSITIONS_PER_DIMENSION", 1)
+    gathered, gather = [], cache._gather
+    monkeypatch.setattr(cache, "_gather", lambda index: gathered.extend(index.tolist()) or gather(index))
+    cache.item_vectors(3)
+    # Eight of eighteen, from the first to the last.
+    assert gathered == [0, 2, 4, 7, 9, 12, 14, 17]
