@@ -207,6 +207,8 @@ def test_what_decided_a_run_is_written_down(make_run):
     assert len(settings["sequences.train"]) == len(settings["vocabulary"]) == 64
     # What is as it always is would hide the rest.
     assert len(settings) < 70 and "crm_args.adam_beta1" not in settings
+    # The seed stands beside, and what is not set is not there.
+    assert "config.seed" not in settings and None not in settings.values()
     assert "| crm_args.kl_weight | 3.0 |" in (run.output_dir / "report.md").read_text()
 
 
