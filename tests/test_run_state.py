@@ -6,10 +6,19 @@ import shutil
 
 import pytest
 
-from llmd4rec_hf import CRMArguments, LLMRecommender, MutualDistillArguments
+from llmd4rec_hf import CRMArguments, LLMRecommender, MutualDistillArguments, run_state
 from llmd4rec_hf.errors import RunStateError
 from llmd4rec_hf.files import write_json, write_manifest
-from llmd4rec_hf.run_state import STATE_NAME, STATE_VERSION, Phase, read_state, run_identity
+from llmd4rec_hf.run_state import (
+    STATE_NAME,
+    STATE_VERSION,
+    Phase,
+    RunLock,
+    read_results,
+    read_state,
+    run_identity,
+    weights_facts,
+)
 
 
 PHASES = {"0-crm-distilled": {"seconds": 1}, "1-llm-distilled": {"seconds": 2}, "1-crm-distilled": {"seconds": 3}}
@@ -129,3 +138,27 @@ def test_every_split_counts(identify, splits):
     for name in splits:
         changed = identify({**splits, name: splits[name].select([1, 0])})
         assert [key for key in whole if changed[key] != whole[key]] == [f"sequences.{name}"]
+
+
+def test_the_weights_of_both_models_vouch_for_the_results(tmp_path):
+    weights = ["crm/model.safetensors", "llm/adapter_model.safetensors", "llm/model.safetensors"]
+    for name in (*weights, "llm/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    write_json(tmp_path / "results.json", {"seed": 1})
+    facts = weights_facts(tmp_path)
+    assert list(facts) == weights
+    for name in weights:
+        assert read_results(tmp_path, "results.json", facts) == {"seed": 1}
+        (tmp_path / name).write_text("torn")
+        assert read_results(tmp_path, "results.json", facts) is None
+        (tmp_path / name).write_text(name)
+
+
+def test_a_lock_ends_with_its_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_state, "_LOCK_SECONDS", 0)
+    first = RunLock(tmp_path)
+    with first, pytest.raises(RunStateError, match="Another run works in"), RunLock(tmp_path):
+        pass
+    with RunLock(tmp_path):
+        pass
