@@ -27,17 +27,18 @@ KNOWN_NAMES = {
     "item_id": [
         "item_id", "item", "iid", "parent_asin", "asin", "movie_id", "product_id", "business_id", "artist_id",
         "track_id", "song_id", "book_id", "article_id", "news_id", "video_id", "recipe_id", "game_id", "app_id",
-        "isbn", "sku", "item_idx",
+        "isbn", "sku", "stock_code", "item_idx",
     ],
     "timestamp": [
-        "timestamp", "time", "ts", "unix_review_time", "unix_time", "datetime", "date", "event_time", "created_at",
-        "sort_timestamp", "review_time",
+        "timestamp", "time", "ts", "unix_review_time", "unix_time", "unix_timestamp", "event_timestamp",
+        "timestamp_ms", "time_ms", "datetime", "date", "event_time", "created_at", "sort_timestamp", "review_time",
+        "event_date", "order_date", "invoice_date", "purchase_date", "transaction_date", "t_dat",
     ],
     "position": ["position", "pos"],
     "rating": ["rating", "stars", "overall", "score", "book_rating"],
     "title": [
         "title", "name", "item_name", "item_title", "product_title", "movie_title", "book_title", "product_name",
-        "app_name", "track_name", "song_name", "artist_name", "headline", "text",
+        "prod_name", "app_name", "track_name", "song_name", "artist_name", "headline", "text",
     ],
     "brand": ["brand", "store", "manufacturer", "publisher", "developer", "author", "artist"],
     "category": ["category", "categories", "genres", "genre", "main_category", "main_cat", "tags", "class"],
@@ -138,6 +139,12 @@ def _clock(plain: dict[str, str], where: str) -> str:
 def is_known(name: str, ours: str) -> bool:
     """Whether `name` is one of the common names of our column `ours`."""
     return _plain(name) in map(_plain, KNOWN_NAMES[ours])
+
+
+def may_be_time(name: str) -> bool:
+    """Whether a column that is none of those we know may hold times, by the words in its name."""
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
+    return any(word in ("at", "dat", "day", "dt", "ts") or word.endswith(("date", "time", "stamp")) for word in words)
 
 
 def _plain(name: str) -> str:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from ..errors import DataError
 from .arrow import sorted_codes, to_dataset, to_table
-from .columns import ids, ratings, resolve_columns, seconds, times
+from .columns import ids, may_be_time, ratings, resolve_columns, seconds, times
 from .sources import open_source
 
 
@@ -74,7 +74,7 @@ def load_interactions(
     if table.num_rows == 0:
         raise DataError(f"{where}: holds no interactions; check how it was written")
     log = {name: ids(table[mapping[name]], f"{where}, column {mapping[name]!r}") for name in ("user_id", "item_id")}
-    log.update(_order_columns(table, mapping, where))
+    log.update(_order_columns(table, mapping, where, names))
     if "rating" in mapping:
         log["rating"] = ratings(table[mapping["rating"]])
     log.update({name: table[theirs] for name, theirs in mapping.items() if name not in {*log, "position"}})
@@ -144,7 +144,9 @@ def _stable_order(user: np.ndarray, time: np.ndarray) -> np.ndarray:
     return np.lexsort((time, user))
 
 
-def _order_columns(table: pa.Table, names: dict[str, str], where: str) -> dict[str, pa.ChunkedArray]:
+def _order_columns(
+    table: pa.Table, names: dict[str, str], where: str, all_names: list[str]
+) -> dict[str, pa.ChunkedArray]:
     if "timestamp" in names and not _repeats_position(table, names):
         name = f"{where}, column {names['timestamp']!r}"
         return {"timestamp": seconds(times(table[names["timestamp"]], name), name)}
@@ -152,9 +154,23 @@ def _order_columns(table: pa.Table, names: dict[str, str], where: str) -> dict[s
         logger.info("%s: no timestamps; ordered by column %r", where, names["position"])
         order = times(table[names["position"]], f"{where}, column {names['position']!r}")
     else:
-        logger.info("%s: no timestamps and no position; the order of the file is kept", where)
+        _say_unordered(where, [name for name in all_names if name not in names.values() and may_be_time(name)])
         order = pa.chunked_array([np.arange(table.num_rows)])
     return {"timestamp": order, "position": order}
+
+
+def _say_unordered(where: str, perhaps: list[str]) -> None:
+    """A log out of order teaches the wrong thing and looks like any other."""
+    if not perhaps:
+        logger.info("%s: no timestamps and no position; the order of the file is kept", where)
+        return
+    logger.warning(
+        "%s: no timestamps and no position, so the order of the file is kept; if %s holds the times, say so: "
+        "columns={'timestamp': %r} (--columns timestamp=%s)",
+        where,
+        " or ".join(map(repr, perhaps)),
+        *perhaps[:1] * 2,
+    )
 
 
 def _repeats_position(table: pa.Table, names: dict[str, str]) -> bool:

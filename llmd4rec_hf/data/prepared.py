@@ -41,7 +41,7 @@ LOCK_NAME = ".lock"
 # What is read again. `data_card.md` is for people, who may write into it.
 PARTS = ("interactions.parquet", "items.parquet", "vocabulary.json", "data_card.json", "sequences/**/*")
 # Raised whenever the same source and options give another folder.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 REMEDY = "Free some space, or give another output_dir."
 
 

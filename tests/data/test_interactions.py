@@ -158,6 +158,21 @@ class TestColumns:
         assert load_interactions(table, columns={"timestamp": "time"})["item_id"] == [3, 4]
         assert load_interactions(table.assign(unix_time=[8, 7]))["timestamp"] == [7, 8]
 
+    @pytest.mark.parametrize("name", ["readAt", "session_day", "listentime", "dt"])
+    def test_times_by_a_name_of_their_own_are_asked_for(self, caplog, name):
+        """In the order of a file that lies otherwise, all would be learnt backwards."""
+        table = pd.DataFrame({"user": [1, 1], "item": [3, 4], "candidates": [1, 2], "lat": [1, 2], name: [9, 5]})
+        assert load_interactions(table)["item_id"] == [3, 4]
+        assert f"the order of the file is kept; if {name!r} holds the times, say so: columns=" in caplog.text
+        caplog.clear()
+        assert load_interactions(table, columns={"timestamp": name})["item_id"] == [4, 3]
+        load_interactions(table.drop(columns=name))
+        assert not caplog.records
+
+    def test_an_exact_time_goes_before_a_day(self):
+        table = pd.DataFrame({"user": [1, 1], "item": [3, 4], "date": [20220408] * 2, "time_ms": [9e12, 8e12]})
+        assert load_interactions(table)["item_id"] == [4, 3]
+
     def test_ids_keep_leading_zeros(self, tmp_path):
         (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n1,0012,1\n1,34,2\n")
         assert load_interactions(tmp_path / "log.csv")["item_id"] == ["0012", "34"]

@@ -263,7 +263,7 @@ class TestDamage:
             ("data_card.json", Path.unlink),
             ("prepared.json", cut_short),
             ("prepared.json", lambda path: path.write_text("[]")),
-            ("prepared.json", lambda path: path.write_text(json.dumps({"format_version": 2, "key": "abc"}))),
+            ("prepared.json", lambda path: path.write_text(json.dumps({"format_version": 3, "key": "abc"}))),
         ],
     )
     def test_it_is_found_and_mended(self, demo, tmp_path, caplog, name, damage):
@@ -289,7 +289,7 @@ class TestDamage:
     def test_the_folder_of_an_older_release(self, demo, tmp_path, caplog):
         prepare(*demo, tmp_path, with_floors=False)
         (tmp_path / "prepared.json").write_text(json.dumps({"format_version": 1, "key": "abc"}))
-        with pytest.raises(DataError, match="format version 1, this release reads 2; prepare it again"):
+        with pytest.raises(DataError, match="format version 1, this release reads 3; prepare it again"):
             load_prepared(tmp_path)
         prepare(*demo, tmp_path, with_floors=False)
         assert load_prepared(tmp_path).card["log"]["users"] == 120
