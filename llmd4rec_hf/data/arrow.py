@@ -50,16 +50,16 @@ def as_ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 
     Args:
         column (`pyarrow.ChunkedArray`):
-            Integers of any width, whole-number floats (what pandas makes of integers with gaps) below 2**53, from
-            where on they are not exact, strings, or a dictionary of those.
+            Integers of any width, whole-number floats (what pandas makes of integers with gaps) below 2**53 (of 32
+            bits: 2**24), from where on they are not exact, whole decimals (what databases make of integers), strings,
+            UTF-8 without a type, UUIDs, or a dictionary of those.
         where (`str`):
             Names the column in error messages.
 
     Raises:
         `DataError`: An id is missing or empty, or the type cannot be an id.
     """
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+    column = _plain(column)
     kind = column.type
     missing = pc.is_null(column, nan_is_null=True)
     if is_string(kind):
@@ -68,19 +68,35 @@ def as_ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     row = first_true(missing)
     if row is not None:
         raise DataError(f"{where}: row {row + 1} has no id; fill it in or drop the row")
-    if pa.types.is_integer(kind):
+    if pa.types.is_integer(kind) or pa.types.is_decimal256(kind):
         try:
             return column.cast(pa.int64())
         except pa.ArrowInvalid:  # unsigned hashes above 2**63
             return column.cast(pa.string())
     if pa.types.is_floating(kind):
-        row = first_true(pc.or_(pc.not_equal(pc.floor(column), column), pc.greater_equal(pc.abs(column), 2.0**53)))
+        exact = 2.0 ** {16: 11, 32: 24, 64: 53}[kind.bit_width]
+        row = first_true(pc.or_(pc.not_equal(pc.floor(column), column), pc.greater_equal(pc.abs(column), exact)))
         if row is None:
             return column.cast(pa.int64())
         raise DataError(f"{where}: row {row + 1} holds {column[row].as_py()}; ids must be integers or strings")
     if is_string(kind):
         return column
     raise DataError(f"{where}: type {kind} cannot be an id; ids must be integers or strings")
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """What columns of dictionaries, UUIDs, bytes and decimals stand for; what is no id stays as it is."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return _plain(column.cast(kind.value_type))
+    if getattr(kind, "extension_name", None) == "arrow.uuid":
+        return pa.chunked_array([pa.array(as_texts(column.to_pylist()), pa.string())])
+    try:
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            return column.cast(pa.string())
+        return column.cast(pa.decimal256(76, 0)) if pa.types.is_decimal(kind) else column
+    except pa.ArrowInvalid:  # no UTF-8, or a fraction
+        return column
 
 
 def id_array(values: Any, where: str) -> tuple[pa.ChunkedArray, bool]:
@@ -107,7 +123,11 @@ def as_texts(values: Any) -> list[str | None]:
 def _as_text(value: Any) -> str | None:
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return None if value is None or value is pd.NA or value != value else str(value)
+    if value is None or value is pd.NA or value != value:
+        return None
+    # What pandas makes of integers with gaps, beside the texts of a later part of the same file.
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return str(int(value) if whole else value)
 
 
 def from_pandas(frame: pd.DataFrame) -> pa.Table:

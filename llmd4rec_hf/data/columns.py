@@ -52,7 +52,22 @@ NUMBER_DATES = (
     (10**6, "%Y%m%d%H%M%S", "YYYYMMDDhhmmss"),
 )
 # How programs write a value that is not there.
-NO_VALUES = pa.array(["NULL", "null", "\\N", "nan", "NaN", "None", "<NA>"])
+NO_VALUES = pa.array(["NULL", "null", "\\N", "NA", "N/A", "nan", "NaN", "None", "<NA>"])
+# Ids that are ids and look like accidents, and what to do. They stay: somebody may be called so.
+ODD_IDS = (
+    (
+        rf"^({'|'.join(map(re.escape, NO_VALUES.to_pylist()))})$",
+        "which often stands for none; drop these rows if it does here",
+    ),
+    (
+        r"""(?s)^(\s.*|.*\s|".*"|'.*')$""",
+        "whose blanks or quotes are part of it; take them out if they are not meant",
+    ),
+    (
+        r"^-?[0-9]([.,][0-9]+)?E\+[0-9]+$",
+        "as spreadsheets round long numbers, and several may have become one; take the ids from where they came from",
+    ),
+)
 
 
 def resolve_columns(
@@ -162,14 +177,14 @@ def ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
             f"{where}: row {row + 1} holds {column[row].as_py()[:40]!r}, an id with a line break, as a stray quote "
             "makes it of several rows; double the quotes in texts or take them out"
         )
-    absent = column.filter(pc.is_in(column, value_set=NO_VALUES))
-    if len(absent):  # they stay: somebody may be called so
-        logger.warning(
-            "%s: %d rows have the id %s, which often stands for none; drop these rows if it does here",
-            where,
-            len(absent),
-            " or ".join(map(repr, pc.unique(absent).to_pylist())),
-        )
+    trimmed = pc.ascii_trim(column, " \t\"'")
+    odd = pc.or_(pc.is_in(column, value_set=NO_VALUES), pc.match_substring(column, "E+"))
+    odd = column.filter(pc.or_(odd, pc.less(pc.binary_length(trimmed), pc.binary_length(column))))
+    for pattern, advice in ODD_IDS:
+        found = odd.filter(pc.match_substring_regex(odd, pattern))
+        if len(found):
+            names = " or ".join(map(repr, pc.unique(found).to_pylist()[:3]))
+            logger.warning("%s: %d rows have the id %s, %s", where, len(found), names, advice)
     return column
 
 

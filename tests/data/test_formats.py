@@ -192,6 +192,16 @@ class TestQuotes:
         assert found.read(tmp_path / "log", ["user", "item"]).num_rows == 1  # whatever columns are read
         assert "2 line breaks lie within quotes; if its texts have none, a stray quote has swallowed" in caplog.text
 
+    @pytest.mark.parametrize("delimiter", ["\t", "|"])
+    def test_of_a_table_whose_names_all_have_them_are_none_of_its_values(self, tmp_path, delimiter):
+        """As R writes it; with a quote in a name or two it is a table of others, which knows none."""
+        rows = [['""', '"user_id"', '"title"'], ['"1"', '"u"', r'"a \"b\", c"'], ['"2"', '"v"', "7"]]
+        text = "".join(delimiter.join(row) + "\n" for row in rows)
+        expected = {"": [1, 2], "user_id": ["u", "v"], "title": ['a "b", c', "7"]}
+        assert self.read(tmp_path / "log", text) == expected
+        text = text.replace('""', "row")
+        assert self.read(tmp_path / "log", text)["row"] == ['"1"', '"2"']
+
     @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
     def test_blank_lines_are_no_rows_swallowed(self, tmp_path, caplog, end):
         text = "\n\nuser,item\n\n\n1,2\n\n3,4".replace("\n", end)

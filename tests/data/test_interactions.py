@@ -6,6 +6,7 @@ import decimal
 import gzip
 import json
 import pickle
+import uuid
 from collections import Counter
 
 import datasets
@@ -183,11 +184,48 @@ class TestColumns:
         assert (log["user_id"], log["item_id"]) == ([1, 2], ["10.10", "10.1"])
         assert (log["timestamp"], log["rating"]) == ([1.5, 2.5], [4.5, 3.0])
 
-    @pytest.mark.parametrize("name", ["NULL", "\\N", "nan", "None", "<NA>"])
+    @pytest.mark.parametrize("name", ["NULL", "\\N", "nan", "None", "<NA>", "NA", "N/A"])
     def test_an_id_that_often_stands_for_none_is_warned_of_and_stays(self, tmp_path, caplog, name):
         (tmp_path / "log.csv").write_text(f"user_id,item_id,timestamp\n{name},a,1\nu,b,2\n{name},c,3\n")
         assert load_interactions(tmp_path / "log.csv")["user_id"].count(name) == 2
         assert f"column 'user_id': 2 rows have the id {name!r}, which often stands for none" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("name", "advice"),
+        [
+            (" b", "whose blanks or quotes are part of it"),
+            ("b ", "whose blanks or quotes are part of it"),
+            ("'b'", "whose blanks or quotes are part of it"),
+            ('"b"', "whose blanks or quotes are part of it"),
+            ("8.71E+11", "as spreadsheets round long numbers, and several may have become one"),
+            ("9,4E+12", "as spreadsheets round long numbers"),
+        ],
+    )
+    def test_an_id_that_was_written_by_accident_is_warned_of_and_stays(self, caplog, name, advice):
+        for odd, count in (("'Til Tuesday", 0), ('12"', 0), ("5E+", 0), ("a b", 0), (name, 1)):
+            assert load_interactions(frame(("u", "a", 1), ("u", odd, 2)))["item_id"] == ["a", odd]
+            assert len(caplog.records) == count
+        assert f"column 'item_id': 1 rows have the id {name!r}, {advice}" in caplog.text
+
+    def test_ids_that_pandas_made_floats_beside_texts_are_what_the_texts_say(self):
+        """Of a file read in parts, one with gaps has floats and one with letters has texts."""
+        table = frame((17850.0, "a", 1), ("17850", "b", 2), ("C1", "c", 3), (2.5, "d", 4))
+        assert load_interactions(table)["user_id"] == ["17850", "17850", "2.5", "C1"]
+
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            ([decimal.Decimal("7"), decimal.Decimal("8")], [7, 8]),
+            ([decimal.Decimal("7.0000000000"), decimal.Decimal("8.0000000000")], [7, 8]),
+            ([decimal.Decimal(10**20), decimal.Decimal(8)], [str(10**20), "8"]),
+            ([b"a", "café".encode()], ["a", "café"]),
+            ([uuid.UUID(int=1), uuid.UUID(int=2)], [str(uuid.UUID(int=1)), str(uuid.UUID(int=2))]),
+        ],
+    )
+    def test_ids_as_databases_give_them(self, values, expected):
+        """Numbers of Snowflake and Oracle are decimals, strings of Impala bytes, keys of PostgreSQL UUIDs."""
+        table = pd.DataFrame({"user_id": [1, 1], "item_id": values, "timestamp": [1, 2]})
+        assert load_interactions(table)["item_id"] == expected
 
     def test_ids_that_pandas_made_floats_are_integers_again(self):
         assert load_interactions(frame((1.0, 16713.0, 1)))["item_id"] == [16713]
@@ -339,6 +377,9 @@ class TestBadInput:
             (frame((1, 2, 3), (1, "", 4)), "row 2 has no id"),
             (frame((1, 1.0, 3), (1, 1.5, 4)), "row 2 holds 1.5; ids must be integers or strings"),
             (frame((1, 2.0**53, 3)), "row 1 holds 9007199254740992.0; ids must be integers or strings"),
+            (frame((1, np.float32(2**24), 3)).astype({"item_id": "float32"}), "row 1 holds 16777216.0; ids must be"),
+            (frame((1, decimal.Decimal("1.5"), 3)), r"type decimal128\(2, 1\) cannot be an id"),
+            (frame((1, b"\xff", 3)), "type binary cannot be an id"),
             (frame((1, True, 3)), "type bool cannot be an id"),
             (frame((1, (1, 2), 3)), "cannot be an id"),
             (frame(), "holds no interactions"),

@@ -81,8 +81,13 @@ class DelimitedFormat(Format):
             wanted = None
         else:
             wanted, names = [fields[names.index(name)] for name in columns], columns
-        table = read_delimited(path, self.delimiter, quote=self.quote, columns=wanted, **{kind: fields})
+        table = read_delimited(path, self.delimiter, quote=self._quote(path), columns=wanted, **{kind: fields})
         return infer_types(table.rename_columns(names))
+
+    def _quote(self, path: Path) -> str | bool:
+        """The format's own or, where every name in the first line stands in quotes, as R writes them, such quotes."""
+        names = first_text_line(path).split(self.delimiter)
+        return self.quote or ('"' if all(re.fullmatch('".*"', name) for name in names) else False)
 
     def _has_header(self, path: Path) -> bool:
         """Numbered columns have one if the first line holds no number in them and all further ones do in some."""
@@ -99,7 +104,7 @@ class DelimitedFormat(Format):
         return found
 
     def _rows(self, path: Path, count: int = 20) -> list[list[str]]:
-        quoting = csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE
+        quoting = csv.QUOTE_MINIMAL if self._quote(path) else csv.QUOTE_NONE
         # All of the head, not line by line: a quoted name may hold a line break.
         rows = csv.reader(io.StringIO(text_head(path), newline=""), delimiter=self.delimiter, quoting=quoting)
         rows = list(islice(filter(None, rows), count))
@@ -127,7 +132,10 @@ class CSVFormat(DelimitedFormat):
 
 
 class TSVFormat(DelimitedFormat):
-    """Tab-separated values, never quoted: a stray `"` in a title must not swallow the rows after it."""
+    """
+    Tab-separated values, quoted only where all their names are: elsewhere a stray `"` in a title must not swallow the
+    rows after it.
+    """
 
     name = "tsv"
     delimiter = "\t"
@@ -155,7 +163,7 @@ class SemicolonFormat(DelimitedFormat):
 
 
 class BarFormat(DelimitedFormat):
-    """Values separated by vertical bars, never quoted."""
+    """Values separated by vertical bars, quoted as those of [`TSVFormat`]."""
 
     name = "bar"
     delimiter = "|"
