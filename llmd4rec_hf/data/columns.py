@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -45,12 +46,8 @@ KNOWN_NAMES = {
     "description": ["description", "overview", "about", "features", "feature"],
 }  # fmt: skip
 
-# Dates whose digits are one number: what the day is multiplied by, and the form as Python and as people spell it.
-NUMBER_DATES = (
-    (1, "%Y%m%d", "YYYYMMDD"),
-    (10**4, "%Y%m%d%H%M", "YYYYMMDDhhmm"),
-    (10**6, "%Y%m%d%H%M%S", "YYYYMMDDhhmmss"),
-)
+# Dates whose digits are one number: what the day is multiplied by, and the form as people spell it.
+NUMBER_DATES = ((1, "YYYYMMDD"), (10**4, "YYYYMMDDhhmm"), (10**6, "YYYYMMDDhhmmss"))
 # How programs write a value that is not there.
 NO_VALUES = pa.array(["NULL", "null", "\\N", "NA", "N/A", "nan", "NaN", "None", "<NA>"])
 # Ids that are ids and look like accidents, and what to do. They stay: somebody may be called so.
@@ -116,7 +113,7 @@ def resolve_columns(
             continue
         theirs = _first_of((hints or {}).get(ours, ()), plain)
         if theirs is None and ours == "timestamp" and {"date", "time"} <= plain.keys():
-            theirs = _clock(plain, where)
+            theirs = _day(plain)
         theirs = theirs or _first_of(KNOWN_NAMES[ours], plain)
         if theirs is not None:
             columns[ours] = theirs
@@ -139,16 +136,44 @@ def _first_of(guesses: Sequence[str], plain: dict[str, str]) -> str | None:
     return next((plain[_plain(name)] for name in guesses if _plain(name) in plain), None)
 
 
-def _clock(plain: dict[str, str], where: str) -> str:
-    """The column of times beside the two halves `date` and `time`, of which either alone is the wrong one."""
-    theirs = _first_of([name for name in KNOWN_NAMES["timestamp"] if name not in ("date", "time")], plain)
-    if theirs is None:
-        date, time = plain["date"], plain["time"]
-        raise DataError(
-            f"{where}: which of {date!r} and {time!r} is the moment? Join them into one column, or say which it is: "
-            f"columns={{'timestamp': {date!r}}} (--columns timestamp={date})"
-        )
-    return theirs
+def _day(plain: dict[str, str]) -> str:
+    """The column of times beside `date` and `time`, or else `date`, which [`day_and_clock`] completes."""
+    others = [name for name in KNOWN_NAMES["timestamp"] if name not in ("date", "time")]
+    return _first_of(others, plain) or plain["date"]
+
+
+def clock_beside(day: str, names: list[str]) -> str | None:
+    """The column `time` beside a column `date`: together they may be the moment, and neither is alone."""
+    plain = {_plain(name): name for name in names}
+    return plain.get("time") if _plain(day) == "date" else None
+
+
+def day_and_clock(table: pa.Table, day: str, clock: str, where: str) -> pa.ChunkedArray:
+    """
+    Days and the times of day beside them as moments, in text.
+
+    Raises:
+        `DataError`: The columns are something else, so that one alone may be the moment.
+    """
+    # As text: midnight goes from days that are kept as times; 20170714 and 9:30 get what ISO wants.
+    days = _text(table[day], (r"[T ]00:00:00(\.0+)?$", ""), (r"^([0-9]{4})([0-9]{2})([0-9]{2})$", r"\1-\2-\3"))
+    clocks = _text(table[clock], (r"^([0-9]):", r"0\1:"))
+    for texts, form in ((days, r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"), (clocks, r"^[0-9]{2}:[0-9]{2}(:[0-9.]+)?$")):
+        if not pc.all(pc.match_substring_regex(texts, form)).as_py():
+            raise DataError(
+                f"{where}: which of {day!r} and {clock!r} is the moment? Join them into one column, or say which it "
+                f"is: columns={{'timestamp': {day!r}}} (--columns timestamp={day})"
+            )
+    logger.info("%s: taking columns %r and %r together as timestamp", where, day, clock)
+    return pc.binary_join_element_wise(days, clocks, " ")
+
+
+def _text(column: pa.ChunkedArray, *replaced: tuple[str, str]) -> pa.ChunkedArray:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    for pattern, replacement in replaced:
+        column = pc.replace_substring_regex(column.cast(pa.string()), pattern, replacement)
+    return column
 
 
 def is_known(name: str, ours: str) -> bool:
@@ -224,21 +249,33 @@ def seconds(values: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 def _written_as_numbers(values: pa.ChunkedArray, where: str) -> pa.ChunkedArray | None:
     """The seconds of dates whose digits were written as one number; `None` where most values are no such dates."""
     lowest, highest = pc.min_max(values).as_py().values()
-    for finer, form, spelling in NUMBER_DATES:
+    for finer, spelling in NUMBER_DATES:
         if not (19000101 * finer <= lowest and highest < 21010101 * finer):
             continue
-        # Not by Arrow, to which the 31st of February is the 3rd of March.
-        dates = pd.to_datetime(values.cast(pa.string()).to_pandas(), format=form, errors="coerce")
-        if dates.notna().mean() <= 0.5:
+        moments, real = written_moments(values.to_numpy(), finer)
+        if real.mean() <= 0.5:
             continue
-        row = first_true(dates.isna().to_numpy())
+        row = first_true(~real)
         if row is not None:
             raise DataError(f"{where}: row {row + 1} holds {values[row]}, which is no date; correct or drop it")
         logger.info("%s: numbers that are dates (%s) are turned to seconds", where, spelling)
-        moments = pa.chunked_array([pa.array(dates.to_numpy().astype("datetime64[s]").astype("int64"))])
-        _refuse_impossible(moments, values, where)
-        return moments
+        found = pa.chunked_array([pa.array(moments)])
+        _refuse_impossible(found, values, where)
+        return found
     return None
+
+
+def written_moments(numbers: np.ndarray, finer: int) -> tuple[np.ndarray, np.ndarray]:
+    """The seconds of dates written as numbers, and which of them are real: to Arrow, 31 June is 1 July."""
+    days, clock = np.divmod(numbers, finer)
+    clock *= 10**6 // finer
+    year, month, day = days // 10000, days // 100 % 100, days % 100
+    hour, minute, second = clock // 10000, clock // 100 % 100, clock % 100
+    months = ((year - 1970) * 12 + month - 1).astype("datetime64[M]")
+    dates = months.astype("datetime64[D]") + (day - 1)
+    real = (1 <= month) & (month <= 12) & (dates.astype("datetime64[M]") == months)
+    real &= (hour < 24) & (minute < 60) & (second < 62)  # two leap seconds, as in C
+    return dates.astype("int64") * 86400 + hour * 3600 + minute * 60 + second, real
 
 
 def moment(value: Any, name: str) -> float:
@@ -270,13 +307,16 @@ def whole(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def ratings(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Numbers where the text holds numbers ("4" and "4.5" in one column); anything else as it is."""
+    """Numbers where the text holds numbers ("4" and "4.5", or "4,5", in one column); anything else as it is."""
     if not is_string(column.type):
         return column
-    try:
-        return column.cast(pa.float64())
-    except pa.ArrowInvalid:
-        return column
+    # Three digits after a comma may be those of thousands.
+    for texts in (column, pc.replace_substring_regex(column, r"^(-?[0-9]+),([0-9]{1,2})$", r"\1.\2")):
+        try:
+            return texts.cast(pa.float64())
+        except pa.ArrowInvalid:
+            continue
+    return column
 
 
 def _numbers(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:

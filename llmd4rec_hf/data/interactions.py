@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from ..errors import DataError
 from .arrow import sorted_codes, to_dataset, to_table
-from .columns import ids, may_be_time, ratings, resolve_columns, seconds, times
+from .columns import clock_beside, day_and_clock, ids, may_be_time, ratings, resolve_columns, seconds, times
 from .sources import open_source
 
 
@@ -69,10 +69,14 @@ def load_interactions(
         names = table.column_names
     wanted = ("user_id", "item_id", "timestamp", "position", "rating")
     mapping = resolve_columns(names, columns, where, wanted, required=2, hints=opened.hints)
+    day = mapping.get("timestamp", "")
+    clock = None if "timestamp" in (columns or {}) else clock_beside(day, names)
     if table is None:
-        table = opened.read(list(dict.fromkeys(mapping.values())))
+        table = opened.read(list(dict.fromkeys([*mapping.values(), *filter(None, [clock])])))
     if table.num_rows == 0:
         raise DataError(f"{where}: holds no interactions; check how it was written")
+    if clock is not None:
+        table = table.set_column(table.column_names.index(day), day, day_and_clock(table, day, clock, where))
     log = {name: ids(table[mapping[name]], f"{where}, column {mapping[name]!r}") for name in ("user_id", "item_id")}
     log.update(_order_columns(table, mapping, where, names))
     if "rating" in mapping:

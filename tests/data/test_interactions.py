@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmd4rec_hf.data import describe_interactions, k_core, load_interactions, load_items, tied_timestamp_share
+from llmd4rec_hf.data.columns import written_moments
 from llmd4rec_hf.errors import ConfigurationError, DataError
 
 
@@ -159,6 +160,31 @@ class TestColumns:
         assert load_interactions(table, columns={"timestamp": "time"})["item_id"] == [3, 4]
         assert load_interactions(table.assign(unix_time=[8, 7]))["timestamp"] == [7, 8]
 
+    @pytest.mark.parametrize(
+        "days",
+        [
+            ["2019-10-01", "2019-10-01"],
+            [20191001, 20191001],
+            pd.to_datetime(["2019-10-01", "2019-10-01"]),
+            [datetime.date(2019, 10, 1)] * 2,
+            pd.Categorical(["2019-10-01", "2019-10-01"]),
+        ],
+    )
+    @pytest.mark.parametrize(
+        "clocks", [["13:45", "9:30:10.5"], [datetime.time(13, 45), datetime.time(9, 30, 10, 500_000)]]
+    )
+    def test_a_day_and_a_clock_are_a_moment_together(self, days, clocks):
+        table = pd.DataFrame({"user": [1, 1], "item": [3, 4], "Date": days, "TIME": clocks})
+        log = load_interactions(table)
+        assert (log["item_id"], log["timestamp"]) == ([4, 3], [1569922210.5, 1569937500.0])
+        assert log.column_names == ["user_id", "item_id", "timestamp"]
+
+    @pytest.mark.parametrize("clock", ["2019-10-01 13:45", "noon", "1345", datetime.datetime(2019, 10, 1), 5.5, b"x"])
+    def test_what_is_no_clock_beside_a_day_is_asked_for(self, clock):
+        table = pd.DataFrame({"user": [1, 1], "item": [3, 4], "date": ["2019-10-01"] * 2, "time": [clock] * 2})
+        with pytest.raises(DataError, match="which of 'date' and 'time' is the moment"):
+            load_interactions(table)
+
     @pytest.mark.parametrize("name", ["readAt", "session_day", "listentime", "dt"])
     def test_times_by_a_name_of_their_own_are_asked_for(self, caplog, name):
         """In the order of a file that lies otherwise, all would be learnt backwards."""
@@ -177,6 +203,12 @@ class TestColumns:
     def test_ids_keep_leading_zeros(self, tmp_path):
         (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n1,0012,1\n1,34,2\n")
         assert load_interactions(tmp_path / "log.csv")["item_id"] == ["0012", "34"]
+
+    def test_ratings_with_decimal_commas_are_numbers(self, tmp_path):
+        (tmp_path / "log.csv").write_text("user_id;item_id;rating\n1;2;4,5\n1;3;4\n1;4;-0,25\n")
+        assert load_interactions(tmp_path / "log.csv")["rating"] == [4.5, 4.0, -0.25]
+        (tmp_path / "log.csv").write_text("user_id;item_id;rating\n1;2;1,500\n1;3;4\n")  # thousands, perhaps
+        assert load_interactions(tmp_path / "log.csv")["rating"] == ["1,500", "4"]
 
     def test_ids_that_look_like_decimals_keep_every_digit(self, tmp_path):
         (tmp_path / "log.csv").write_text("user_id,item_id,timestamp,rating\n1.0,10.10,1.5,4.5\n2.0,10.1,2.5,3.0\n")
@@ -281,6 +313,22 @@ class TestOrder:
     def test_file_order_without_anything(self):
         log = load_interactions(pd.DataFrame({"user_id": [2, 1, 2], "item_id": [5, 6, 4]}))
         assert rows(log) == [(1, 6, 1), (2, 5, 0), (2, 4, 2)]
+
+    @given(st.lists(st.datetimes(datetime.datetime(1970, 1, 1), datetime.datetime(2100, 1, 1)), min_size=1))
+    @settings(deadline=None, max_examples=30)
+    @pytest.mark.parametrize("form", ["%Y%m%d", "%Y%m%d%H%M", "%Y%m%d%H%M%S"])
+    def test_dates_written_as_numbers_are_those_that_pandas_reads(self, form, moments):
+        digits = [moment.strftime(form) for moment in moments]
+        expected = sorted(int(moment.timestamp()) for moment in pd.to_datetime(digits, format=form))
+        assert load_interactions(frame(*((1, 2, int(text)) for text in digits)))["timestamp"] == expected
+
+    def test_only_real_dates_are_dates_as_numbers(self):
+        days = np.arange(20230000, 20250000)
+        real = pd.to_datetime(days.astype(str), format="%Y%m%d", errors="coerce").notna()
+        clocks = 20240229 * 10**6 + np.arange(0, 10**6, 37)
+        ticks = pd.to_datetime(clocks.astype(str), format="%Y%m%d%H%M%S", errors="coerce").notna()
+        for values, finer, expected in ((days, 1, real), (clocks, 10**6, ticks)):
+            assert (written_moments(values, finer)[1] == expected).all()
 
     @pytest.mark.parametrize(
         ("values", "expected"),
