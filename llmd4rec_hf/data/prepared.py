@@ -168,6 +168,8 @@ def prepare(
             return PreparedData(folder, key)
         log = filter_interactions(load_interactions(source, **log_options), **filters)
         catalogue = None if items is None else load_items(items, **item_options)
+        if catalogue is None and items is not None and items is not source:
+            raise DataError(f"{items}: holds no catalogue; give the file with the titles")
         vocabulary = ItemVocabulary.from_interactions(log, catalogue)
         sequences = SPLITS[split](log, vocabulary)
         for name, rows in sequences.items():

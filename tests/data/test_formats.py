@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 from contextlib import suppress
 
 import numpy as np
@@ -114,6 +116,9 @@ def test_ids_after_a_block_of_numbers_stay_text(tmp_path):
 
 UNRECOGNISED = {
     "zip": (b"PK\x03\x04\x00\x00", "zip archive .* unzip it or save it as CSV"),
+    "bzip2": (bz2.compress(b"user_id,item_id\n1,2\n"), "compressed: unpack it"),
+    "xz": (lzma.compress(b"user_id,item_id\n1,2\n"), "compressed: unpack it"),
+    "Arrow": (b"ARROW1\x00\x00\xff", "write its table as parquet or CSV"),
     "UTF-16": ("user,item\n1,2\n".encode("utf-16"), "UTF-16: save it as UTF-8"),
     "JSON by columns, numbers": (b'{"user_id": [1, 1], "item_id": [2, 3]}', "JSON by columns: write one object per"),
     "JSON by columns, texts": (b'{\n "user": ["a"],\n "item": ["x"]}', "JSON by columns"),
@@ -123,6 +128,7 @@ UNRECOGNISED = {
     "ratings too": (b"1 10 5 881250949.5\n2 11 4 881250950\n", "format='s3rec' reads them as a user and items"),
     "dates between blanks": (b"u a 2019-10-01\nv b 2019-10-02\n", "a user, an item and a time"),
     "prose": (b"hello\n", "known formats are folder, parquet"),
+    "sentences": (b"This is a log of clicks.\nIt begins in May\n", "looks like sentences, of which no word is an id"),
 }
 
 
@@ -148,6 +154,54 @@ def test_a_folder_of_others_is_named(tmp_path, name, message):
         detect_format(tmp_path)
 
 
+class TestFolderOfParquet:
+    log = pd.DataFrame({"user_id": [1, 1], "item_id": ["a", "b"], "rating": [1.0, 2.0]})
+    items = pd.DataFrame({"item_id": ["a", "b"], "title": ["A", "B"]})
+
+    def write(self, folder, tables):
+        folder.mkdir()
+        for name, table in tables.items():
+            table.to_parquet(folder / name)
+        return folder
+
+    def test_parts_are_one_table_in_their_order(self, tmp_path):
+        """As Spark leaves them, with what it leaves beside; numbers need not be padded."""
+        parts = {"part.10.parquet": self.log[1:], "part.9.parquet": self.log.astype({"user_id": "int32"})[:1]}
+        folder = self.write(tmp_path / "log", parts)
+        (folder / "_SUCCESS").touch()
+        (folder / ".part.9.parquet.crc").write_bytes(b"crc")
+        assert load_interactions(folder)["item_id"] == ["a", "b"]
+        assert load_items(folder) is None
+        assert detect_format(folder).read(folder, ["rating"]).to_pydict() == {"rating": [1.0, 2.0]}
+
+    def test_a_catalogue_and_a_log_may_be_such_folders(self, tmp_path):
+        folder = self.write(tmp_path / "items", {"000000000000": self.items[:1], "000000000001": self.items[1:]})
+        assert load_items(folder)["text"] == ["A", "B"]
+        whole = tmp_path / "whole"
+        whole.mkdir()
+        self.write(whole / "interactions.parquet", {"part-0.parquet": self.log})
+        folder.rename(whole / "items.parquet")
+        assert (load_interactions(whole)["item_id"], load_items(whole)["text"]) == (["a", "b"], ["A", "B"])
+
+    @pytest.mark.parametrize("names", [("test.parquet", "train.parquet"), ("item-0.parquet", "logs-0.parquet")])
+    def test_several_tables_are_not_joined(self, tmp_path, names):
+        folder = self.write(tmp_path / "log", dict.fromkeys(names, self.log))
+        with pytest.raises(
+            DataError, match=rf"log: the files \({names[0]}, {names[1]}\) are not called like the parts of"
+        ):
+            load_interactions(folder)
+
+    def test_parts_of_different_types_are_refused(self, tmp_path):
+        folder = self.write(tmp_path / "log", {"0": self.log, "1": self.log.assign(item_id=[1, 2])})
+        with pytest.raises(DataError, match="log: its parts are of different types .*; write them anew"):
+            load_interactions(folder)
+
+    def test_a_folder_without_any_is_refused(self, tmp_path):
+        (tmp_path / "_SUCCESS").touch()
+        with pytest.raises(DataError, match=r"the files \(\) are not called like"):
+            load_interactions(tmp_path, format="parquet")
+
+
 class TestLinesBetweenBlanks:
     def read(self, path, text, format="auto"):
         path.write_text(text)
@@ -156,6 +210,11 @@ class TestLinesBetweenBlanks:
     def test_are_read_as_told(self, tmp_path):
         expected = {"user_id": [1, 1], "item_id": [10, 881250949]}
         assert self.read(tmp_path / "log", "1 10 881250949\n", "s3rec") == expected
+
+    def test_ids_may_be_words(self, tmp_path):
+        expected = {"user_id": ["ann", "ann", "bob"], "item_id": ["jam", "St.", "tea"]}
+        assert self.read(tmp_path / "log", "ann jam St.\nbob tea\n", "s3rec") == expected
+        assert self.read(tmp_path / "log", "ann St. jam\nbob tea\n")["user_id"] == ["ann", "ann", "bob"]
 
     @pytest.mark.parametrize("last", ["3 4\n", "3 4 5\n", "3 4 5 900000000\n"])
     def test_large_ids_are_no_times_where_a_later_line_says_so(self, tmp_path, last):

@@ -106,6 +106,15 @@ def test_a_log_without_a_clock_stays_one(tmp_path):
     assert describe_interactions(prepared.interactions)["hash"] == prepared.card["log"]["hash"]
 
 
+def test_a_catalogue_that_is_none_is_refused(demo, tmp_path):
+    """Of the log's own folder it is no matter, but who names one means to have titles."""
+    (tmp_path / "log").mkdir()
+    demo[0].to_parquet(tmp_path / "log" / "interactions.parquet")
+    with pytest.raises(DataError, match="log: holds no catalogue; give the file with the titles"):
+        prepare(demo[0], tmp_path / "log", tmp_path / "out", with_floors=False)
+    assert prepare(tmp_path / "log", output_dir=tmp_path / "out", with_floors=False).items is None
+
+
 class TestCache:
     def test_the_same_again_does_nothing(self, files, tmp_path, monkeypatch):
         first = prepare(*files, tmp_path / "out")

@@ -142,12 +142,21 @@ def _hint(path: Path) -> str:
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return "it was saved by `datasets`: pass datasets.load_from_disk(...), of several splits the one you mean"
-        if any(path.glob("*.parquet")):
-            return 'a folder of parquet files: pass datasets.load_dataset("parquet", data_files=..., split="train")'
+        if any(path.glob("**/*.parquet")):
+            return (
+                "a folder of parquet files and others: name one file, or pass "
+                'datasets.load_dataset("parquet", data_files=..., split="train")'
+            )
+        if any(path.glob("part-*")):
+            return "a folder of parts: join them to one file, with the names of the columns in its first line alone"
         return known
     content = head(path)
     if content.startswith(b"PK\x03\x04"):
         return "this is a zip archive (or a spreadsheet, which is one): unzip it or save it as CSV"
+    if content.startswith((b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!")):
+        return "this is compressed: unpack it (gzip alone is read as it is)"
+    if content.startswith((b"ARROW1", b"FEA1", b"ORC", b"Obj\x01", b"SQLite")):
+        return "this is a file of Arrow, ORC, Avro or SQLite: write its table as parquet or CSV"
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "this is UTF-16: save it as UTF-8"
     if is_by_columns(path):

@@ -8,38 +8,78 @@ import io
 import logging
 import math
 import re
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from ...errors import DataError, first_line
+from ..columns import is_known
 from .base import Format, first_text_line, head, head_lines, infer_types, read_delimited, text_head
 
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 class ParquetFormat(Format):
-    """An Apache Parquet file; its types are kept, and only the needed columns are read."""
+    """
+    An Apache Parquet file, or a folder of files that are the parts of one table, as Spark writes it. Types are kept,
+    and only the needed columns are read.
+    """
 
     name = "parquet"
+
+    def matches(self, path: Path) -> bool:
+        files = self._files(path)
+        return bool(files) and all(file.is_file() and self.matches_file(file) for file in files)
 
     def matches_file(self, path: Path) -> bool:
         return head(path).startswith(b"PAR1")
 
+    def locate(self, path: Path, part: str) -> tuple[Format, Path] | None:
+        # A log has no catalogue in its folder; a folder that is one has no users.
+        if path.is_dir() and part == "items" and any(is_known(name, "user_id") for name in self.column_names(path)):
+            return None
+        return self, path
+
     def column_names(self, path: Path) -> list[str]:
-        try:
-            return pa.parquet.read_schema(path, memory_map=True).names
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path}: damaged parquet file ({first_line(error)}); write it again") from error
+        return self._read(pa.parquet.read_schema, self._parts(path)[0]).names
 
     def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
+        options = {"columns": columns, "partitioning": None}
+        tables = [self._read(pa.parquet.read_table, part, **options) for part in self._parts(path)]
         try:
-            return pa.parquet.read_table(path, columns=columns, memory_map=True, partitioning=None)
+            return pa.concat_tables(tables, promote_options="permissive")
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{path}: its parts are of different types ({first_line(error)}); write them anew"
+            ) from error
+
+    @staticmethod
+    def _read(read: Callable[..., T], part: Path, **options: Any) -> T:
+        try:
+            return read(part, memory_map=True, **options)
         except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path}: damaged parquet file ({first_line(error)}); write it again") from error
+            raise DataError(f"{part}: damaged parquet file ({first_line(error)}); write it again") from error
+
+    def _parts(self, path: Path) -> list[Path]:
+        """The files of one table are called alike but for their numbers: neither splits, nor a log and its items."""
+        files = self._files(path)
+        names = ", ".join(file.name for file in files[:4])
+        if len({re.split("[0-9]", file.name)[0] for file in files}) != 1:
+            raise DataError(f"{path}: the files ({names}) are not called like the parts of one table; name one")
+        return files
+
+    @staticmethod
+    def _files(path: Path) -> list[Path]:
+        """Without what writers leave beside; `part.10` comes after `part.9`."""
+        files = [path] if path.is_file() else [file for file in path.iterdir() if file.name[0] not in "._"]
+        return sorted(files, key=lambda file: (len(file.name), file.name))
 
 
 class DelimitedFormat(Format):

@@ -28,6 +28,8 @@ def misread_table(path: Path) -> str | None:
     rows = [line.split() for line in head_lines(path)]
     if rows and any(set(word) & set(',{}[]"') for word in rows[0]):
         return None  # JSON, say
+    if not any(re.search(r"\d", word) for row in rows for word in row) and any(row[-1][-1] in ".!?:" for row in rows):
+        return "this looks like sentences, of which no word is an id (format='s3rec' reads them as a user and items)"
     if rows and all(any(is_known(word, ours) for word in rows[0]) for ours in ("user_id", "item_id")):
         return "this is a table with a header and blanks between its columns: separate them by tabs or commas"
     counts = {len(row) for row in rows}
