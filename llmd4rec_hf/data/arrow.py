@@ -81,7 +81,10 @@ def as_ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
         raise DataError(f"{where}: row {row + 1} holds {column[row].as_py()}; ids must be integers or strings")
     if is_string(kind):
         return column
-    raise DataError(f"{where}: type {kind} cannot be an id; ids must be integers or strings")
+    remedy = (
+        "write a row for each (pandas: explode)" if pa.types.is_nested(kind) else "ids must be integers or strings"
+    )
+    raise DataError(f"{where}: type {kind} cannot be an id; {remedy}")
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:

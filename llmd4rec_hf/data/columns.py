@@ -64,6 +64,7 @@ ODD_IDS = (
         r"^-?[0-9]([.,][0-9]+)?E\+[0-9]+$",
         "as spreadsheets round long numbers, and several may have become one; take the ids from where they came from",
     ),
+    (r"^\[.*,.*\]$", "a list that counts as one; write a row for each of its ids"),
 )
 
 
@@ -203,8 +204,14 @@ def ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
             "makes it of several rows; double the quotes in texts or take them out"
         )
     trimmed = pc.ascii_trim(column, " \t\"'")
-    odd = pc.or_(pc.is_in(column, value_set=NO_VALUES), pc.match_substring(column, "E+"))
-    odd = column.filter(pc.or_(odd, pc.less(pc.binary_length(trimmed), pc.binary_length(column))))
+    odd = pc.less(pc.binary_length(trimmed), pc.binary_length(column))
+    for others in (
+        pc.is_in(column, value_set=NO_VALUES),
+        pc.match_substring(column, "E+"),
+        pc.starts_with(column, "["),
+    ):
+        odd = pc.or_(odd, others)
+    odd = column.filter(odd)
     for pattern, advice in ODD_IDS:
         found = odd.filter(pc.match_substring_regex(odd, pattern))
         if len(found):
@@ -332,8 +339,9 @@ def _numbers(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
         return pc.divide(microseconds.cast(pa.float64()), 1e6)
     if not is_string(kind):
         raise DataError(f"{where}: type {kind} is no moment; give seconds or dates")
-    # BigQuery writes its zone so.
+    # BigQuery and Snowflake write their zones so.
     texts = pc.replace_substring_regex(pc.utf8_trim_whitespace(column), " UTC$", "Z")
+    texts = pc.replace_substring_regex(texts, "(:[0-9.]+) ([+-][0-9:]+)$", r"\1\2")
     for target in (pa.float64(), *(pa.timestamp(unit, zone) for unit in ("us", "ns") for zone in (None, "UTC"))):
         try:
             parsed = texts.cast(target)
@@ -353,7 +361,8 @@ def _why_unparsed(texts: pa.ChunkedArray) -> str:
         if not bad.any() and zoned.any() and not zoned.all():
             return "some dates name a time zone and others do not; write them all in one way"
     row = first_true(bad.to_numpy()) or 0
+    remedy = "write all so (pandas.to_datetime reads other forms)" if bad.all() else "correct it or drop the row"
     return (
         f"row {row + 1} holds {values[row]!r}, which is neither a number nor an ISO date (2019-10-01 or "
-        "2019-10-01 12:30:00); correct it or drop the row"
+        f"2019-10-01 12:30:00); {remedy}"
     )

@@ -68,7 +68,10 @@ def open_source(
     if isinstance(source, datasets.Dataset):
         return _from_dataset(source, "Dataset")
     if not isinstance(source, (str, Path)):
-        raise DataError(f"cannot load {part} from {type(source).__name__}; pass a path, a DataFrame or a Dataset")
+        ours = " (what its to_pandas() gives)" if hasattr(source, "to_pandas") else ""
+        raise DataError(
+            f"cannot load {part} from {type(source).__name__}; pass a path, a DataFrame or a Dataset{ours}"
+        )
     path = Path(source).expanduser()
     if not path.exists() and _looks_like_hub_id(str(source)):
         dataset = _from_hub(str(source), part, {"revision": revision, "token": token})

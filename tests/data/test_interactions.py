@@ -231,10 +231,11 @@ class TestColumns:
             ('"b"', "whose blanks or quotes are part of it"),
             ("8.71E+11", "as spreadsheets round long numbers, and several may have become one"),
             ("9,4E+12", "as spreadsheets round long numbers"),
+            ("[3, 4]", "a list that counts as one; write a row for each of its ids"),
         ],
     )
     def test_an_id_that_was_written_by_accident_is_warned_of_and_stays(self, caplog, name, advice):
-        for odd, count in (("'Til Tuesday", 0), ('12"', 0), ("5E+", 0), ("a b", 0), (name, 1)):
+        for odd, count in (("'Til Tuesday", 0), ('12"', 0), ("5E+", 0), ("[x]", 0), (name, 1)):
             assert load_interactions(frame(("u", "a", 1), ("u", odd, 2)))["item_id"] == ["a", odd]
             assert len(caplog.records) == count
         assert f"column 'item_id': 1 rows have the id {name!r}, {advice}" in caplog.text
@@ -350,6 +351,7 @@ class TestOrder:
             (["20170714000001", "20170715000000"], [1499990401, 1500076800]),
             ([" 5", "6 "], [5, 6]),
             (["2015-03-02 00:00:10 UTC", "2015-03-02 00:00:11.000 UTC "], [1425254410, 1425254411]),
+            (["2015-03-02 01:00:10.000 +0100", "2015-03-01 16:00:11.000 -08:00"], [1425254410, 1425254411]),
             (["2015-03-02 00:00:10.123456789", "2015-03-02 00:00:11.000000001"], [1425254410.123456, 1425254411.0]),
             (["2015-03-02 00:00:10.500000000Z", "2015-03-02 00:00:11.000000000Z"], [1425254410.5, 1425254411.0]),
         ],
@@ -429,7 +431,11 @@ class TestBadInput:
             (frame((1, decimal.Decimal("1.5"), 3)), r"type decimal128\(2, 1\) cannot be an id"),
             (frame((1, b"\xff", 3)), "type binary cannot be an id"),
             (frame((1, True, 3)), "type bool cannot be an id"),
-            (frame((1, (1, 2), 3)), "cannot be an id"),
+            (frame((1, (1, 2), 3)), r"cannot be an id; write a row for each \(pandas: explode\)"),
+            (
+                frame((1, 2, "1/2/2020"), (1, 3, "1/3/2020")),
+                r"'1/2/2020', .*; write all so \(pandas.to_datetime reads",
+            ),
             (frame(), "holds no interactions"),
         ],
     )
