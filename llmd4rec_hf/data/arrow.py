@@ -133,6 +133,12 @@ def _as_text(value: Any) -> str | None:
     return str(int(value) if whole else value)
 
 
+def index_as_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    """`frame` with the levels of its index that have a name, which `set_index` gives, as columns again."""
+    levels = [name for name in frame.index.names if name is not None and name not in frame.columns]
+    return frame.reset_index(levels) if levels else frame
+
+
 def from_pandas(frame: pd.DataFrame) -> pa.Table:
     """The columns of `frame`; one that mixes types becomes text."""
     columns = []

@@ -182,10 +182,13 @@ def is_known(name: str, ours: str) -> bool:
     return _plain(name) in map(_plain, KNOWN_NAMES[ours])
 
 
-def may_be_time(name: str) -> bool:
-    """Whether a column that is none of those we know may hold times, by the words in its name."""
+def may_be_order(name: str) -> bool:
+    """Whether a column that is none of those we know may hold times or an order, by the words in its name."""
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
-    return any(word in ("at", "dat", "day", "dt", "ts") or word.endswith(("date", "time", "stamp")) for word in words)
+    orders = {"at", "dat", "day", "dt", "ts", "seq", "sequence", "step"}
+    return _plain(name) == "ordernumber" or any(
+        word in orders or word.endswith(("date", "time", "stamp")) for word in words
+    )
 
 
 def _plain(name: str) -> str:

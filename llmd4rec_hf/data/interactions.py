@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from ..errors import DataError
 from .arrow import sorted_codes, to_dataset, to_table
-from .columns import clock_beside, day_and_clock, ids, may_be_time, ratings, resolve_columns, seconds, times
+from .columns import clock_beside, day_and_clock, ids, may_be_order, ratings, resolve_columns, seconds, times
 from .sources import open_source
 
 
@@ -158,7 +158,7 @@ def _order_columns(
         logger.info("%s: no timestamps; ordered by column %r", where, names["position"])
         order = times(table[names["position"]], f"{where}, column {names['position']!r}")
     else:
-        _say_unordered(where, [name for name in all_names if name not in names.values() and may_be_time(name)])
+        _say_unordered(where, [name for name in all_names if name not in names.values() and may_be_order(name)])
         order = pa.chunked_array([np.arange(table.num_rows)])
     return {"timestamp": order, "position": order}
 
@@ -170,7 +170,7 @@ def _say_unordered(where: str, perhaps: list[str]) -> None:
         return
     logger.warning(
         "%s: no timestamps and no position, so the order of the file is kept; if %s holds the times, say so: "
-        "columns={'timestamp': %r} (--columns timestamp=%s)",
+        "columns={'timestamp': %r} (--columns timestamp=%s), or position where it only counts",
         where,
         " or ".join(map(repr, perhaps)),
         *perhaps[:1] * 2,

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import ConfigurationError, DataError
 from ..files import file_facts, storage_errors_named, write_json
-from .arrow import from_pandas, to_table
+from .arrow import from_pandas, index_as_columns, to_table
 from .card import data_card, render
 from .filters import filter_interactions
 from .formats import detect_format
@@ -215,7 +215,7 @@ def _plain(value: Any) -> Any:
 def _add_content(digest: Any, source: Any, part: str, format: str) -> None:
     """Files go by their bytes, tables by their values, and a Hub dataset by its name and revision."""
     if isinstance(source, (pd.DataFrame, datasets.Dataset)):
-        table = from_pandas(source) if isinstance(source, pd.DataFrame) else to_table(source)
+        table = from_pandas(index_as_columns(source)) if isinstance(source, pd.DataFrame) else to_table(source)
         table = table.replace_schema_metadata(None).combine_chunks()
         with pa.ipc.new_stream(pa.PythonFile(_HashSink(digest), "w"), table.schema) as writer:
             writer.write_table(table)

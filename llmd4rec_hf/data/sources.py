@@ -16,7 +16,7 @@ import pyarrow as pa
 from datasets.exceptions import DatasetNotFoundError
 
 from ..errors import ConfigurationError, DataError, first_line
-from .arrow import from_pandas, to_table
+from .arrow import from_pandas, index_as_columns, to_table
 from .formats import DelimitedFormat, detect_format
 
 
@@ -62,6 +62,7 @@ def open_source(
             f"columns={columns!r}: expected our names with those of the source, as in {{'item_id': 'sku'}}"
         )
     if isinstance(source, pd.DataFrame):
+        source = index_as_columns(source)
         names = [str(name) for name in source.columns]
         frame = source.set_axis(names, axis=1)
         return Source("DataFrame", names, lambda chosen: from_pandas(frame if chosen is None else frame[chosen]))

@@ -70,6 +70,12 @@ class TestSources:
         assert rows(load_interactions(dataset)) == self.expected
         assert rows(load_interactions(dataset.select([2, 1]))) == self.expected[:2]
 
+    def test_the_index_of_a_frame_is_a_column_where_it_has_a_name(self):
+        table = frame(*self.expected[::-1])
+        for names in ("timestamp", ["user_id", "timestamp"]):
+            assert rows(load_interactions(table.set_index(names))) == self.expected
+        assert rows(load_interactions(table.set_index("timestamp", drop=False))) == self.expected
+
     def test_folder(self, tmp_path):
         (tmp_path / "interactions.csv").write_text(CSV)
         assert rows(load_interactions(tmp_path)) == self.expected
@@ -185,7 +191,7 @@ class TestColumns:
         with pytest.raises(DataError, match="which of 'date' and 'time' is the moment"):
             load_interactions(table)
 
-    @pytest.mark.parametrize("name", ["readAt", "session_day", "listentime", "dt"])
+    @pytest.mark.parametrize("name", ["readAt", "session_day", "listentime", "dt", "step", "order_number"])
     def test_times_by_a_name_of_their_own_are_asked_for(self, caplog, name):
         """In the order of a file that lies otherwise, all would be learnt backwards."""
         table = pd.DataFrame({"user": [1, 1], "item": [3, 4], "candidates": [1, 2], "lat": [1, 2], name: [9, 5]})

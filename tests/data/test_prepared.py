@@ -149,6 +149,12 @@ class TestCache:
         assert len(set(keys[:-1])) == 1
         assert keys[-1] != keys[0]
 
+    def test_the_index_of_a_table_is_among_its_values(self, demo, tmp_path):
+        log, items = demo[0].to_pandas().set_index("timestamp"), demo[1].to_pandas().set_index("item_id")
+        first = prepare(log, items, tmp_path, with_floors=False)
+        assert first.vocabulary.texts == ItemVocabulary.from_interactions(*demo).texts
+        assert prepare(log.set_index(log.index + 1), items, tmp_path, with_floors=False).key != first.key
+
     def test_a_catalogue_with_lists(self, demo, tmp_path):
         items = demo[1].to_pandas()[["item_id", "title"]].assign(categories=[["a", "b"]] * len(demo[1]))
         prepared = prepare(demo[0], items, tmp_path, text_template="{categories}", with_floors=False)
