@@ -33,7 +33,10 @@ def column_array(dataset: datasets.Dataset, name: str) -> np.ndarray:
 
 
 def to_dataset(table: pa.Table) -> datasets.Dataset:
-    """A `datasets.Dataset` over `table`, without copying it."""
+    """A `datasets.Dataset` over `table`, without copying it. UUIDs, which it has no type for, become text."""
+    for place, column in enumerate(table.columns):
+        if _are_uuids(column.type):
+            table = table.set_column(place, table.column_names[place], _plain(column))
     # A fingerprint of the content would serialise the whole table first; data kept in memory has no use for it.
     return datasets.Dataset(InMemoryTable(table), fingerprint=generate_random_fingerprint())
 
@@ -92,7 +95,7 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     kind = column.type
     if pa.types.is_dictionary(kind):
         return _plain(column.cast(kind.value_type))
-    if getattr(kind, "extension_name", None) == "arrow.uuid":
+    if _are_uuids(kind):
         return pa.chunked_array([pa.array(as_texts(column.to_pylist()), pa.string())])
     try:
         if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
@@ -100,6 +103,10 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return column.cast(pa.decimal256(76, 0)) if pa.types.is_decimal(kind) else column
     except pa.ArrowInvalid:  # no UTF-8, or a fraction
         return column
+
+
+def _are_uuids(kind: pa.DataType) -> bool:
+    return getattr(kind, "extension_name", None) == "arrow.uuid"
 
 
 def id_array(values: Any, where: str) -> tuple[pa.ChunkedArray, bool]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import uuid
+
 import pandas as pd
 import pytest
 
@@ -23,6 +25,12 @@ def test_text_is_cleaned_and_never_empty(caplog):
     assert items.column_names == ["item_id", "title", "brand", "category", "text"]
     assert "1 items without a title are described by their other columns" in caplog.text
     assert "1 items without a title are described by their id" in caplog.text
+
+
+def test_a_column_of_uuids_is_text():
+    """Arrow has a type for them, and `datasets` has none."""
+    table = pd.DataFrame({"item_id": [1], "title": ["A"], "key": [uuid.UUID(int=1)]})
+    assert load_items(table)["key"] == [str(uuid.UUID(int=1))]
 
 
 def test_quoted_titles(tmp_path):
