@@ -100,7 +100,10 @@ def resolve_columns(
     columns = {ours: str(theirs) for ours, theirs in (columns or {}).items()}
     doubled = [name for name in names if names.count(name) > 1]
     if doubled:
-        raise DataError(f"{where}: the column {doubled[0]!r} occurs more than once; rename one of them")
+        raise DataError(
+            f"{where}: the column {doubled[0]!r} occurs more than once; rename one of them, or give numbers from 0 "
+            "where the first line names no columns: columns={'user_id': 0, ...} (--columns user_id=0 ...)"
+        )
     for ours, theirs in columns.items():
         meant = next((name for name in wanted if ours in KNOWN_NAMES[name][1:]), None)
         if meant is not None and meant not in columns:
@@ -127,8 +130,8 @@ def resolve_columns(
         found = ", ".join(map(repr, names[:12]))
         raise DataError(
             f"{where}: no column for {', '.join(missing)} among {found}; "
-            f"the first line must name the columns, or say which it is: columns={{{missing[0]!r}: ...}} "
-            f"(--columns {missing[0]}=...)"
+            "the first line must name the columns, or say which it is, by its number from 0 where it has no name: "
+            f"columns={{{missing[0]!r}: ...}} (--columns {missing[0]}=...)"
         )
     return columns
 
