@@ -84,9 +84,8 @@ def as_ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
         raise DataError(f"{where}: row {row + 1} holds {column[row].as_py()}; ids must be integers or strings")
     if is_string(kind):
         return column
-    remedy = (
-        "write a row for each (pandas: explode)" if pa.types.is_nested(kind) else "ids must be integers or strings"
-    )
+    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    remedy = "write a row for each (pandas: explode)" if listed else "ids must be integers or strings"
     raise DataError(f"{where}: type {kind} cannot be an id; {remedy}")
 
 

@@ -437,6 +437,7 @@ class TestBadInput:
             (frame((1, np.float32(2**24), 3)).astype({"item_id": "float32"}), "row 1 holds 16777216.0; ids must be"),
             (frame((1, decimal.Decimal("1.5"), 3)), r"type decimal128\(2, 1\) cannot be an id"),
             (frame((1, b"\xff", 3)), "type binary cannot be an id"),
+            (frame((1, {"$oid": "5"}, 3)), "type struct<.*> cannot be an id; ids must be integers or strings"),
             (frame((1, True, 3)), "type bool cannot be an id"),
             (frame((1, (1, 2), 3)), r"cannot be an id; write a row for each \(pandas: explode\)"),
             (
