@@ -145,6 +145,7 @@ def test_what_is_not_recognised_is_named_where_one_can_tell(tmp_path, case):
     [
         ("dataset_dict.json", "pass datasets.load_from_disk"),
         ("state.json", "pass datasets.load_from_disk"),
+        ("part-00000-abc.csv", "join them to one file"),
         ("part-0.parquet", r'pass datasets.load_dataset\("parquet"'),
     ],
 )
