@@ -142,7 +142,7 @@ class DistillationTrainer(HistoryTrainer):
 
     # --- training ------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, *args, **kwargs):
         """
         Train as [`~transformers.Trainer.train`] does, after the teacher has been cached.
 
@@ -154,6 +154,8 @@ class DistillationTrainer(HistoryTrainer):
             ConfigurationError: nothing to resume from, items that the student lacks, `num_sampled_items` where sparse
                 gradients do not work, or `max_positions_per_batch` for data whose rows have no lengths or do not fit.
         """
+        if self.model is None:  # between the trials of a hyperparameter search, whose models `Trainer` drops
+            self.model = self.call_model_init(trial)
         if self.settings.max_positions_per_batch is not None and self.model_init is None:
             # For its errors, which should not come after a teacher has been cached.
             self._budgeted_batches()
@@ -183,7 +185,7 @@ class DistillationTrainer(HistoryTrainer):
             on_main_process(lambda: rehome(resume_from_checkpoint))
             self._loss_sums.resume(resume_from_checkpoint, self.is_world_process_zero())
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint, trial, *args, **kwargs)
         finally:
             if self._embedding_by_rows is not None:
                 self._embedding_by_rows.sparse = False
@@ -345,13 +347,17 @@ class DistillationTrainer(HistoryTrainer):
 
     def create_optimizer(self, *model) -> torch.optim.Optimizer:  # releases differ in whether they are given one
         """As in `Trainer`; with `num_sampled_items` one that updates the item matrix by rows, [`RowAdamW`]."""
+        given = self.optimizer_cls_and_kwargs
         if self._embedding_by_rows is not None:
             self._embedding_by_rows.sparse = True
-            if self.optimizer_cls_and_kwargs is None:
+            if given is None:
                 _, settings = self.get_optimizer_cls_and_kwargs(self.args, *model)
                 settings.pop("fused", None)
                 self.optimizer_cls_and_kwargs = RowAdamW, settings
-        return super().create_optimizer(*model)
+        try:
+            return super().create_optimizer(*model)
+        finally:
+            self.optimizer_cls_and_kwargs = given  # the next training may be one at another learning rate
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `Trainer`; with `num_sampled_items` clipping, which knows dense gradients alone, is given those."""

@@ -146,6 +146,21 @@ def test_search_over_the_model(make_crm, arguments, splits):
         assert trainer.data_collator.max_length == trainer.model.config.max_length == max_length
 
 
+def test_trials_of_a_search(make_crm, arguments, splits):
+    """Between two of them `Trainer` drops the model, and each has a learning rate of its own."""
+    trainer = CRMTrainer(
+        model_init=lambda trial: make_crm(),
+        args=arguments(CRMArguments, num_train_epochs=1, num_sampled_items=5),
+        train_dataset=splits["train"],
+        teacher=make_crm(1),
+    )
+    for rate in (1e-3, 1e-2):
+        trainer.args.learning_rate = rate
+        trainer.train()
+        assert trainer.optimizer.param_groups[0]["lr"] == rate
+        trainer.model_wrapped = trainer.model = None
+
+
 @pytest.mark.parametrize("side", ["crm", "llm"])
 def test_torch_compile(make_crm, make_llm, arguments, splits, side):
     make, trainer_class = (make_crm, CRMTrainer) if side == "crm" else (make_llm, MutualDistillTrainer)
