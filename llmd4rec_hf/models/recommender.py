@@ -25,7 +25,7 @@ from ..distillation.loss import distillation_loss
 from ..errors import ConfigurationError, DataError, UnknownItemsError, first_line
 from ..modes import evaluating
 from .recommendations import Recommendations
-from .weights import find_file, hash_tensors, stored_weights
+from .weights import find_file, hash_tensors, remove_weights, stored_weights
 
 
 _PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "tags")
@@ -332,6 +332,7 @@ class RecommenderModel(PreTrainedModel):
             return
         hub_kwargs = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs} if push_to_hub else {}
         self.save_companions(save_directory)
+        remove_weights(save_directory)
         super().save_pretrained(save_directory, **kwargs)
         if push_to_hub:
             # Not by the base class, which would upload only what it has written itself.

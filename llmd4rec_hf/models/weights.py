@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -20,11 +21,19 @@ def find_file(source: str | os.PathLike, name: str, **hub_kwargs) -> str | None:
 
 def stored_weights(source: str | os.PathLike, **hub_kwargs) -> dict[str, torch.Tensor]:
     """All tensors that `save_pretrained` wrote, to a folder or the Hub, in one file or in shards."""
-    index = find_file(source, SAFE_WEIGHTS_INDEX_NAME, **hub_kwargs)
+    # The one file first, as transformers does: pushes leave an earlier model's shards where they are.
+    whole = find_file(source, SAFE_WEIGHTS_NAME, **hub_kwargs)
+    index = None if whole else find_file(source, SAFE_WEIGHTS_INDEX_NAME, **hub_kwargs)
     if index is None:
-        return load_file(cached_file(source, SAFE_WEIGHTS_NAME, **hub_kwargs))
+        return load_file(whole or cached_file(source, SAFE_WEIGHTS_NAME, **hub_kwargs))
     paths, _ = get_checkpoint_shard_files(source, index, **hub_kwargs)
     return {name: value for path in paths for name, value in load_file(path).items()}
+
+
+def remove_weights(folder: str | os.PathLike) -> None:
+    """Delete what would be taken for the weights of a model that is saved next, in one file where these are shards."""
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        Path(folder, name).unlink(missing_ok=True)
 
 
 def split_state(

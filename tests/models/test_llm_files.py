@@ -147,6 +147,15 @@ def test_weights_in_shards(make_llm, batch, tmp_path, adapter):
         assert torch.equal(found.item_matrix(), model.item_matrix())
 
 
+def test_shards_that_a_push_has_left_on_the_hub(make_llm, tmp_path):
+    """Uploads delete nothing: an earlier model's stay beside a later one's weights."""
+    make_llm(seed=1, adapter=True).save_pretrained(tmp_path / "first", max_shard_size="1KB")
+    model = make_llm(adapter=True)
+    model.save_pretrained(tmp_path / "second")
+    shutil.copytree(tmp_path / "second", tmp_path / "first", dirs_exist_ok=True)
+    assert LLMRecommender.from_pretrained(tmp_path / "first").content_hash() == model.content_hash()
+
+
 @pytest.mark.parametrize("adapter", [True, False])
 def test_a_file_that_does_not_fit(make_llm, tmp_path, adapter):
     model = make_llm(adapter=adapter)

@@ -237,6 +237,15 @@ def test_saved_and_loaded_it_is_the_same(kind, still_model, batch, tmp_path):
     assert found == json.loads(json.dumps(saved))
 
 
+@pytest.mark.parametrize("sizes", [("50GB", "1KB"), ("1KB", "50GB")])
+@pytest.mark.parametrize("kind_of_both", ["sasrec", "llm-lora"])
+def test_saved_over_another_model_it_is_what_is_found(kind_of_both, make_model, batch, tmp_path, sizes):
+    for seed, size in enumerate(sizes):
+        model = make_model(kind_of_both, seed=seed).eval()
+        model.save_pretrained(tmp_path, max_shard_size=size)
+    assert_same_model(RecommenderModel.from_pretrained(tmp_path), model, batch)
+
+
 def test_auto_classes(kind, still_model, batch, tmp_path):
     model = still_model(kind)
     model.save_pretrained(tmp_path)
