@@ -216,10 +216,15 @@ def add_adapter(backbone: PreTrainedModel, peft_config):
         [`~peft.PeftModel`]
 
     Raises:
-        ConfigurationError: PEFT finds nothing to adapt, or the kind works by virtual tokens or asks for more inputs.
+        ConfigurationError: no such configuration, PEFT finds nothing to adapt, or the kind works by virtual tokens or
+            asks for more inputs.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftConfig, get_peft_model
 
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigurationError(
+            f"peft_config must be a configuration of PEFT, e.g. LoraConfig(), got {type(peft_config).__name__}."
+        )
     if peft_config.is_prompt_learning:
         raise ConfigurationError(
             f"{type(peft_config).__name__} adds virtual tokens, and the prompt is this model's own: give an adapter "
@@ -289,15 +294,37 @@ def merge_adapter(backbone) -> PreTrainedModel:
     """
     The bare backbone with the adapter added to its weights. Quantised weights are turned back into floating point
     first: added to them, the adapter would be rounded to as few bits as they have.
+
+    Raises:
+        ConfigurationError: an adapter that those weights cannot take up.
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
+    _check_mergeable(backbone)
     if not getattr(backbone.get_base_model(), "is_quantized", False):
         return backbone.merge_and_unload()
     peft_config, tensors = backbone.peft_config["default"], get_peft_model_state_dict(backbone)
     backbone = get_peft_model(backbone.unload().dequantize(), peft_config)
     set_peft_model_state_dict(backbone, tensors)
     return backbone.merge_and_unload()
+
+
+def _check_mergeable(backbone) -> None:
+    """PEFT says so too late, when some layers are merged already, or not at all."""
+    peft_config, reason = backbone.peft_config["default"], None
+    if not hasattr(backbone, "merge_and_unload"):
+        reason = f"one of the kind {peft_config.peft_type.value} is no part of a layer"
+    elif getattr(peft_config, "layer_replication", None):
+        reason = "with layer_replication several layers share their weights"
+    elif any(_has_bias_of_its_own(layer) for layer in backbone.modules()):
+        reason = "lora_bias asks for layers that have a bias"
+    if reason is not None:
+        raise ConfigurationError(f"This adapter cannot be merged: {reason}. Keep it; it is saved with the model.")
+
+
+def _has_bias_of_its_own(layer) -> bool:
+    adds_bias = getattr(layer, "lora_bias", None) or {}
+    return adds_bias.get("default", False) and getattr(layer.get_base_layer(), "bias", None) is None
 
 
 def added_settings(backbone) -> dict:

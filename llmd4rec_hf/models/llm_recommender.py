@@ -292,7 +292,8 @@ class LLMRecommender(RecommenderModel):
     def merge_and_unload(self) -> LLMRecommender:
         """
         Add the adapter to the backbone's weights and drop it; afterwards the model is saved whole, and needs neither
-        PEFT nor the base model. A quantised backbone becomes a floating-point one.
+        PEFT nor the base model. A quantised backbone becomes a floating-point one. Refused with a
+        [`ConfigurationError`] for adapters that no weights can take up.
         """
         if self.has_adapter:
             # Trained as a whole from here on, as one that never had an adapter.

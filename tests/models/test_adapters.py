@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from peft import (
+    AdaptionPromptConfig,
     IA3Config,
     LoHaConfig,
     LoraConfig,
@@ -90,6 +91,8 @@ def test_dropouts_of_an_adapter_draw_cheap_masks(tiny_folder, tmp_path):
 
 
 def test_refused_adapters(tiny_folder):
+    with pytest.raises(ConfigurationError, match=r"peft_config must be .* LoraConfig\(\), got dict"):
+        LLMRecommender.from_backbone(tiny_folder, 12, peft_config={"r": 2})
     with pytest.raises(ConfigurationError, match="PromptTuningConfig adds virtual tokens"):
         LLMRecommender.from_backbone(tiny_folder, 12, peft_config=PromptTuningConfig(num_virtual_tokens=2))
     for given in (
@@ -111,6 +114,24 @@ def test_an_adapter_that_could_not_be_loaded_again(tiny_folder, make_llm):
     args = MutualDistillArguments("unused", use_cpu=True)
     with pytest.raises(ConfigurationError, match="got PeftModel: give its adapter to LLMRecommender.from_backbone"):
         MutualDistillTrainer(get_peft_model(llm, LoraConfig(r=2, target_modules=["q_proj"])), args)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`")
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (AdaptionPromptConfig(adapter_len=2, adapter_layers=1), "the kind ADAPTION_PROMPT is no part of a layer"),
+        (LoraConfig(r=2, layer_replication=[[0, 2], [0, 2]]), "several layers share their weights"),
+        (LoraConfig(r=2, lora_bias=True), "lora_bias asks for layers that have a bias"),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_stays_whole(tiny_folder, batch, given, reason):
+    model = trained(LLMRecommender.from_backbone(tiny_folder, 12, peft_config=given), batch)
+    before, hidden = model.content_hash(), model.encode(batch["item_ids"])
+    with pytest.raises(ConfigurationError, match=f"cannot be merged: .*{reason}.* saved with the model"):
+        model.merge_and_unload()
+    assert model.content_hash() == before
+    assert torch.equal(model.encode(batch["item_ids"]), hidden)
 
 
 def test_an_adapter_on_another_base(make_llm, tmp_path):
