@@ -33,7 +33,7 @@ CITATION = """\
     year   = {2025},
     url    = {https://arxiv.org/abs/2505.18120},
 }"""
-_NOT_RESULTS = ("_runtime", "_per_second", "_preparation_time", "eval_loss")
+_NOT_RESULTS = ("runtime", "_per_second", "_preparation_time", "_compilation_time")
 
 
 @dataclass
@@ -118,7 +118,11 @@ def _header(facts: CardFacts) -> ModelCardData:
     if facts.base_is_on_the_hub:
         metadata.setdefault("base_model", facts.base_model)
     return ModelCardData(
-        library_name="llmd4rec_hf", tags=list(dict.fromkeys(tags)), model_name=facts.name, metrics=[*own], **metadata
+        library_name="llmd4rec_hf",
+        tags=list(dict.fromkeys(tags)),
+        model_name=facts.name,
+        metrics=[*own] or None,
+        **metadata,
     )
 
 
@@ -155,7 +159,7 @@ def _adapter_line(adapter: dict | None) -> str:
     if adapter is None:
         return "none, the whole base model is trained and part of the files"
     kind = "DoRA" if adapter.get("use_dora") else "rsLoRA" if adapter.get("use_rslora") else adapter["peft_type"]
-    rank = f", rank {adapter['r']}" if "r" in adapter else ""
+    rank = f", rank {adapter['r']}" if adapter.get("r") else ""
     return f"{getattr(kind, 'value', kind)}{rank}, in PEFT's files"
 
 
@@ -225,7 +229,7 @@ def trainer_card(
             config={**model.config.to_dict(), "architectures": [type(model).__name__]},
             training=training,
             protocol=f"{protocol['split']}, {ranking_line(protocol, model.config.num_items)}",
-            results={"validation": _logged_results(trainer)},
+            results=_logged_results(trainer),
             vocabulary=model.vocabulary,
             adapter=_adapter_of(model),
             dataset=", ".join(_as_list(dataset)) or None,
@@ -240,18 +244,32 @@ def _adapter_of(model) -> dict | None:
     return model.backbone.peft_config["default"].to_dict() if has_adapter else None
 
 
-def _logged_results(trainer: HistoryTrainer) -> dict[str, float]:
-    evaluations = [entry for entry in trainer.state.log_history if any(name.startswith("eval_") for name in entry)]
-    if not evaluations:
-        return {}
+def _logged_results(trainer: HistoryTrainer) -> dict[str, dict[str, float]]:
+    """Metrics by what was evaluated: at the best step, or else the last, and after the training."""
+    history = [(_evaluated(entry), entry) for entry in trainer.state.log_history]
     best = trainer.args.load_best_model_at_end and trainer.state.best_global_step
-    step = best or evaluations[-1]["step"]
+    step = best or max((entry["step"] for prefix, entry in history if prefix), default=None)
+    results, has_ended = {}, False
+    for prefix, entry in history:
+        has_ended = has_ended or "train_runtime" in entry
+        if prefix and (has_ended or entry["step"] == step):
+            # Which rows `eval` stands for is not known: `evaluate` takes any.
+            results["evaluation" if prefix == "eval" else prefix.removeprefix("eval_")] = _metrics(prefix, entry)
+    return results
+
+
+def _evaluated(entry: dict) -> str | None:
+    """The prefix of an evaluation's metrics: `eval`, `eval_NAME` for one of several sets, or one of the user's own."""
+    prefixes = [name.removesuffix("_runtime") for name in entry if name.endswith("_runtime")]
+    return min(prefixes, key=len) if prefixes and "train_runtime" not in entry else None
+
+
+def _metrics(prefix: str, entry: dict) -> dict[str, float]:
+    found = {name.removeprefix(f"{prefix}_"): value for name, value in entry.items() if name.startswith(f"{prefix}_")}
     return {
-        name.removeprefix("eval_"): value
-        for entry in evaluations
-        if entry["step"] == step
-        for name, value in entry.items()
-        if name.startswith("eval_") and not name.endswith(_NOT_RESULTS)
+        name: value
+        for name, value in found.items()
+        if isinstance(value, (int, float)) and name != "loss" and not name.endswith(_NOT_RESULTS)
     }
 
 

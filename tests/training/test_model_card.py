@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from peft import LoraConfig
+from peft import LoraConfig, OFTConfig
 from transformers import TrainingArguments
 
 from llmd4rec_hf import CRMArguments, CRMTrainer, MutualDistillTrainer
@@ -52,6 +52,7 @@ def test_what_push_to_hub_forwards(make_crm, args, splits, card):
     assert entry["task"]["type"] == "recommendation"
     assert entry["dataset"] == {"name": "log", "type": "log", "config": "small"}
     values = {metric["type"]: metric["value"] for metric in entry["metrics"]}
+    assert "|  | evaluation |" in text
     assert values["ndcg@10"] == pytest.approx(metrics["eval_ndcg@10"], abs=1e-6)
     assert f"| ndcg@10 | {metrics['eval_ndcg@10']:.4f} |" in text
     assert text.lstrip().startswith("# my-model")
@@ -60,7 +61,7 @@ def test_what_push_to_hub_forwards(make_crm, args, splits, card):
 def test_before_any_evaluation_and_without_vocabulary(make_crm, args, card):
     header, text = card(CRMTrainer(make_crm(), args))
     assert "Not evaluated yet." in text
-    assert "model-index" not in header
+    assert "model-index" not in header and "metrics" not in header
     assert "recommend(" not in text
     assert 'SASRecModel.from_pretrained("run")' in text
 
@@ -68,13 +69,33 @@ def test_before_any_evaluation_and_without_vocabulary(make_crm, args, card):
 def test_the_best_evaluation_is_shown(make_crm, args, card):
     trainer = CRMTrainer(make_crm(), args)
     trainer.state.log_history = [
-        {"eval_ndcg@10": 0.9, "step": 1},
+        {"eval_ndcg@10": 0.9, "eval_runtime": 0.1, "step": 1},
         {"loss": 1.0, "step": 2},
-        {"eval_ndcg@10": 0.4, "step": 2},
+        {"eval_ndcg@10": 0.4, "eval_runtime": 0.1, "step": 2},
     ]
     assert "| ndcg@10 | 0.4000 |" in card(trainer)[1]
     args.load_best_model_at_end, trainer.state.best_global_step = True, 1
     assert "| ndcg@10 | 0.9000 |" in card(trainer)[1]
+    # What is evaluated once the training has ended is the best model.
+    trainer.state.log_history += [
+        {"train_runtime": 9.0, "step": 2},
+        {"test_ndcg@10": 0.7, "test_runtime": 0.1, "step": 2},
+    ]
+    assert "|  | evaluation | test |" in card(trainer)[1]
+    assert "| ndcg@10 | 0.9000 | 0.7000 |" in card(trainer)[1]
+
+
+def test_a_column_for_each_set_and_numbers_alone(make_crm, args, splits, card):
+    def compute_metrics(prediction):
+        return {"mean": prediction.predictions.mean(), "worst_loss": 9, "said": "a text"}
+
+    sets = {"validation": splits["validation"], "test": splits["test"]}
+    trainer = CRMTrainer(make_crm(), args, eval_dataset=sets, compute_metrics=compute_metrics)
+    values = trainer.evaluate()
+    header, text = card(trainer, dataset="log")
+    means = [f"{values[f'eval_{name}_mean']:.4f}" for name in sets]
+    assert f"|  | validation | test |\n| --- | ---: | ---: |\n| mean | {means[0]} | {means[1]} |\n" in text
+    assert header["metrics"] == ["mean", "worst_loss"]
 
 
 def test_what_a_step_holds_is_stated(make_crm, args, card):
@@ -98,6 +119,12 @@ def test_a_base_model_that_is_not_on_the_hub_is_not_named_by_its_path(make_llm, 
     assert "DoRA, rank 2" in text
     header, _ = card(trainer, finetuned_from="user/other")
     assert header["base_model"] == "user/other"
+
+
+def test_an_adapter_that_is_not_sized_by_its_rank(make_llm, tmp_path, card):
+    model = make_llm(peft_config=OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"]))
+    trainer = MutualDistillTrainer(model, TrainingArguments(str(tmp_path / "run"), use_cpu=True))
+    assert "| adapter | OFT, in PEFT's files |" in card(trainer)[1]
 
 
 def test_only_a_finished_run_is_pushed(tmp_path):
