@@ -116,7 +116,7 @@ def refuse_what_has_no_effect(args: TrainingArguments, **passed) -> None:
     """
     Args:
         args ([`~transformers.TrainingArguments`]): a trainer's.
-        passed: what else `Trainer` takes, `compute_loss_func` and `preprocess_logits_for_metrics`.
+        passed: what else `Trainer` was given, by its names.
 
     Raises:
         ConfigurationError: something that `Trainer` would follow, and these trainers have no use for.
@@ -127,6 +127,11 @@ def refuse_what_has_no_effect(args: TrainingArguments, **passed) -> None:
         ("compute_loss_func", passed.get("compute_loss_func"), own_loss),
         ("neftune_noise_alpha", args.neftune_noise_alpha, "histories do not enter by the token embeddings"),
         ("eval_do_concat_batches=False", not args.eval_do_concat_batches, "ranks are one array"),
+        (
+            "batch_eval_metrics without a compute_metrics",
+            args.batch_eval_metrics and "compute_metrics" not in passed,
+            "ranks are one array",
+        ),
         ("preprocess_logits_for_metrics", passed.get("preprocess_logits_for_metrics"), "metrics are made of ranks"),
     ):
         if is_set:

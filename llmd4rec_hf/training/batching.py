@@ -34,8 +34,8 @@ class HistoryTrainer(Trainer):
     subclasses, see [`DistillationTrainer`].
 
     Args:
-        model ([`RecommenderModel`], *optional*): the student; its longest history is also that of the batches.
-        args ([`~transformers.TrainingArguments`], *optional*): the arguments, by default those of `arguments_class`.
+        model ([`RecommenderModel`] or `None`): the student; its longest history is also that of the batches.
+        args ([`~transformers.TrainingArguments`]): the arguments.
         train_dataset ([`~datasets.Dataset`], *optional*): rows as [`split_leave_one_out`] makes them.
         eval_dataset ([`~datasets.Dataset`], *optional*): likewise.
         kwargs: further arguments of [`~transformers.Trainer`].
@@ -49,15 +49,14 @@ class HistoryTrainer(Trainer):
 
     def __init__(
         self,
-        model: RecommenderModel | None = None,
-        args: TrainingArguments | None = None,
+        model: RecommenderModel | None,
+        args: TrainingArguments,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         **kwargs,
     ):
         if model is not None:
             self._check_student(model)
-        args = args or self.arguments_class("trainer_output")
         # Before `Trainer`'s own constructor, which may call `model_init`.
         self.settings = self.settings_class.of(args)
         self._batch_sampler: PositionBudgetBatchSampler | None = None

@@ -12,6 +12,8 @@ from ..errors import ConfigurationError
 
 
 OPTIMIZERS_BY_ROWS = ("adamw_torch", "adamw_torch_fused")
+# Of torch's own.
+GIVEN_OPTIMIZERS_BY_ROWS = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam)
 
 
 class RowAdamW(torch.optim.AdamW):
@@ -80,13 +82,14 @@ def with_row_values(parameters: Iterable[torch.Tensor]) -> Iterator[torch.Tensor
         yield stand_in
 
 
-def check_sparse_gradients(args: TrainingArguments, in_shards: bool) -> None:
+def check_sparse_gradients(args: TrainingArguments, in_shards: bool, optimizer: type) -> None:
     """
     Refuse arguments under which training cannot update the item matrix by rows.
 
     Args:
         args ([`~transformers.TrainingArguments`]): the arguments.
         in_shards (`bool`): under FSDP or DeepSpeed.
+        optimizer (`type`): the kind of a given optimizer, that of `None` if there is none.
 
     Raises:
         ConfigurationError: it cannot, because of its devices or its optimizer.
@@ -101,6 +104,11 @@ def check_sparse_gradients(args: TrainingArguments, in_shards: bool) -> None:
         raise ConfigurationError(
             f"num_sampled_items updates the item matrix by rows, for which optim must be one of "
             f"{OPTIMIZERS_BY_ROWS}, got {args.optim.value!r}."
+        )
+    if optimizer.__module__.startswith("torch.optim") and optimizer not in GIVEN_OPTIMIZERS_BY_ROWS:
+        raise ConfigurationError(
+            f"num_sampled_items gives the item matrix a sparse gradient, which {optimizer.__name__} does not take: "
+            "give llmd4rec_hf.training.sparse_rows.RowAdamW in its place, or no optimizer."
         )
 
 

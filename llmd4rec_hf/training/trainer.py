@@ -29,12 +29,12 @@ from ..distillation.walk import autocast_dtype, default_chunk_size, default_slic
 from ..errors import ConfigurationError
 from ..evaluation import ranking_metrics, score_targets
 from ..files import write_manifest
-from ..models import RecommenderModel
+from ..models import RecommenderEnsemble, RecommenderModel
 from ..models.recommender import supervised
 from ..processes import on_main_process
 from .arguments import refuse_what_has_no_effect
 from .batching import HistoryTrainer, has_lengths
-from .checkpoints import check_checkpoint, last_whole_checkpoint, rehome, rotate_checkpoints
+from .checkpoints import changed, check_checkpoint, last_whole_checkpoint, rehome, rotate_checkpoints
 from .guard import StepGuard
 from .loss_chunks import LossChunks
 from .loss_sums import LOSS_SUMS_NAME, LossSums
@@ -64,7 +64,8 @@ class DistillationTrainer(HistoryTrainer):
     `(n,)` as `predictions` and the true items `(n,)` as `label_ids`, since scores over all items would not fit into
     memory, with `length_bucketing` in the order of the rows' lengths; `eval_loss` is the cross-entropy of the ranked
     item, not of all positions; another loss (`label_smoothing_factor`, `compute_loss_func`), `neftune_noise_alpha`,
-    `eval_do_concat_batches=False` and `preprocess_logits_for_metrics` are refused.
+    `eval_do_concat_batches=False`, `preprocess_logits_for_metrics`, and `batch_eval_metrics` without a
+    `compute_metrics`, are refused.
 
     Args:
         model ([`RecommenderModel`]): the student.
@@ -84,6 +85,7 @@ class DistillationTrainer(HistoryTrainer):
     # The loss below is divided by all that is accumulated already; both names, because releases differ in the one
     # they read.
     loss_is_scaled_for_ga = True
+    _save_total_limit: int | None = None
 
     def __init__(
         self,
@@ -98,13 +100,10 @@ class DistillationTrainer(HistoryTrainer):
         self.teacher = getattr(teacher, "_orig_mod", teacher)  # of a compiled one
         self._teacher_cache: StoredTeacher | None = None
         self._teacher_items: torch.Tensor | None = None
+        args = args or self.arguments_class("trainer_output")
+        refuse_what_has_no_effect(args, **kwargs)
         kwargs.setdefault("compute_metrics", _ranking_metrics)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
-        refuse_what_has_no_effect(
-            self.args,
-            compute_loss_func=self.compute_loss_func,
-            preprocess_logits_for_metrics=self.preprocess_logits_for_metrics,
-        )
         self.model_accepts_loss_kwargs = True
         self._loss_chunks = LossChunks(self.settings.loss_chunk_size)
         self._loss_sums = LossSums(self.args.device)
@@ -151,11 +150,14 @@ class DistillationTrainer(HistoryTrainer):
 
         Raises:
             TrainingError: the loss is not finite.
-            ConfigurationError: nothing to resume from, items that the student lacks, `num_sampled_items` where sparse
-                gradients do not work, or `max_positions_per_batch` for data whose rows have no lengths or do not fit.
+            ConfigurationError: nothing to resume from, a student that is an ensemble, items that it lacks,
+                `num_sampled_items` where sparse gradients do not work, or `max_positions_per_batch` for data whose
+                rows have no lengths or do not fit.
         """
         if self.model is None:  # between the trials of a hyperparameter search, whose models `Trainer` drops
             self.model = self.call_model_init(trial)
+        if isinstance(self.model, RecommenderEnsemble):
+            raise ConfigurationError("An ensemble is not trained: train its members, or a student that it teaches.")
         if self.settings.max_positions_per_batch is not None and self.model_init is None:
             # For its errors, which should not come after a teacher has been cached.
             self._budgeted_batches()
@@ -166,7 +168,8 @@ class DistillationTrainer(HistoryTrainer):
                 "with eval_strategy and save_strategy 'epoch', and load_best_model_at_end."
             )
         if self._embedding_by_rows is not None:
-            check_sparse_gradients(self.args, in_shards=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+            given = self.optimizer_cls_and_kwargs[0] if self.optimizer_cls_and_kwargs else type(self.optimizer)
+            check_sparse_gradients(self.args, self.is_fsdp_enabled or self.is_deepspeed_enabled, given)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = on_main_process(lambda: last_whole_checkpoint(self.args.output_dir))
             if resume_from_checkpoint is None:
@@ -390,11 +393,9 @@ class DistillationTrainer(HistoryTrainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """As in `Trainer`; a manifest is its last file, and older checkpoints stay until it is there."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
+        limit = self._save_total_limit = self.args.save_total_limit
+        with changed(self.args, save_total_limit=None):
             super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
         sums = self._loss_sums.over_processes(self.accelerator)
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
@@ -406,12 +407,11 @@ class DistillationTrainer(HistoryTrainer):
         rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # `Trainer` pickles its arguments beside the weights, and pushes them: not with the token.
-        token, self.args.hub_token = self.args.hub_token, None
-        try:
+        # `Trainer` pickles its arguments beside the weights, and pushes them: not with the token, and in a checkpoint
+        # with the limit that it is saved without.
+        limit = self.args.save_total_limit or self._save_total_limit
+        with changed(self.args, hub_token=None, save_total_limit=limit):
             super()._save(output_dir, state_dict)
-        finally:
-            self.args.hub_token = token
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

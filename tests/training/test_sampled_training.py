@@ -162,6 +162,14 @@ def test_a_new_model_of_model_init_gets_sparse_gradients_too(make_crm, arguments
 def test_where_sparse_gradients_do_not_work(make_crm, arguments, splits, monkeypatch):
     with pytest.raises(ConfigurationError, match="optim must be one of .*adamw_torch.*got 'sgd'"):
         train(make_crm(0), arguments(optim="sgd"), splits)
+    model = make_crm(0)
+    for given in (
+        {"optimizers": (torch.optim.AdamW(model.parameters()), None)},
+        {"optimizer_cls_and_kwargs": (torch.optim.AdamW, {"lr": 0.1})},
+    ):
+        with pytest.raises(ConfigurationError, match="a sparse gradient, which AdamW does not take: give .*RowAdamW"):
+            train(model, arguments(), splits, **given)
+    train(model, arguments(max_steps=1), splits, optimizers=(RowAdamW(model.parameters()), None))
     trainer = CRMTrainer(make_crm(0), arguments(), splits["train"])
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
     with pytest.raises(ConfigurationError, match="not over NCCL, in DataParallel, FSDP or DeepSpeed"):

@@ -17,6 +17,7 @@ from llmd4rec_hf import (
     ItemVocabulary,
     MutualDistillArguments,
     MutualDistillTrainer,
+    RecommenderEnsemble,
     RecommenderModel,
     SASRecConfig,
     SASRecModel,
@@ -323,6 +324,7 @@ def test_each_process_may_have_its_own_mean(make_crm, arguments, splits, monkeyp
         ({"label_smoothing_factor": 0.1}, None),
         ({"neftune_noise_alpha": 5.0}, None),
         ({"eval_do_concat_batches": False}, None),
+        ({"batch_eval_metrics": True}, None),
         ({}, "compute_loss_func"),
         ({}, "preprocess_logits_for_metrics"),
     ],
@@ -413,6 +415,9 @@ def test_early_stopping_needs_to_know_what_gets_better(make_crm, arguments, spli
 def test_other_models_and_catalogues_are_refused(make_crm, arguments, splits, vocabulary):
     with pytest.raises(ConfigurationError, match="trains a RecommenderModel, got Linear"):
         CRMTrainer(nn.Linear(2, 2), arguments())
+    ensemble = RecommenderEnsemble([make_crm(0), make_crm(1)])
+    with pytest.raises(ConfigurationError, match="An ensemble is not trained: train its members"):
+        CRMTrainer(ensemble, arguments(), splits["train"]).train()
     with pytest.raises(ConfigurationError, match="The teacher scores 5 items and the student 12"):
         CRMTrainer(make_crm(), arguments(), splits["train"], teacher=make_crm(num_items=5))
     student, teacher = make_crm(0), make_crm(1)

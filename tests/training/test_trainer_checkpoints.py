@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from trained import train, weights
+from transformers import Trainer
 
 from llmd4rec_hf import CRMTrainer, RecommenderModel, SASRecConfig
 from llmd4rec_hf.errors import ConfigurationError
@@ -56,6 +57,21 @@ def test_a_checkpoint_that_is_not_there_or_torn_is_named(make_crm, arguments, sp
     (folder / "manifest.json").unlink()
     with pytest.raises(ConfigurationError, match="has written does not say whether it is whole: give its path"):
         CRMTrainer(make_crm(), args, splits["train"]).train(resume_from_checkpoint=True)
+
+
+def test_arguments_are_saved_as_they_are(make_crm, arguments, splits, monkeypatch):
+    """But for the token; and `Trainer` deletes no checkpoint meanwhile."""
+    found, save = [], Trainer._save
+
+    def record(trainer, *args):
+        found.append((trainer.args.save_total_limit, trainer.args.hub_token))
+        save(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "_save", record)
+    args = arguments(save_strategy="epoch", save_total_limit=1, hub_token="hf_secret")
+    train(make_crm(0), args, splits).save_model()
+    assert found == [(1, None)] * 3
+    assert (args.save_total_limit, args.hub_token) == (1, "hf_secret")
 
 
 class HeadModel(RecommenderModel):
