@@ -21,7 +21,7 @@ from .item_text import average_of_alike, encode_more_texts, encode_texts, princi
 from .llm_config import LLMRecommenderConfig
 from .prompt import DEFAULT_PROMPT, split_prompt
 from .recommender import RecommenderModel, check_length, hub_arguments, sequence_lengths
-from .weights import find_file, split_state, stored_weights
+from .weights import find_file, loading, split_state, stored_weights
 
 
 BACKBONE_PREFIX = "backbone."
@@ -292,8 +292,7 @@ class LLMRecommender(RecommenderModel):
     def merge_and_unload(self) -> LLMRecommender:
         """
         Add the adapter to the backbone's weights and drop it; afterwards the model is saved whole, and needs neither
-        PEFT nor the base model. A quantised backbone becomes a floating-point one. Refused with a
-        [`ConfigurationError`] for adapters that no weights can take up.
+        PEFT nor the base model. A quantised backbone becomes a floating-point one. Some adapters cannot be merged.
         """
         if self.has_adapter:
             # Trained as a whole from here on, as one that never had an adapter.
@@ -435,15 +434,16 @@ class LLMRecommender(RecommenderModel):
                 `attn_implementation`, go to `AutoModel.from_pretrained` for the base.
 
         Raises:
-            ConfigurationError: the base model is not found or does not fit, files that do not fit or are of a later
-                format version, a `quantization_config` for a model that was saved with its whole backbone.
+            ConfigurationError: no recommender there, a base model that is not found or does not fit, files that do not
+                fit or are later than this release, a `quantization_config` for one that was saved whole.
         """
         source, hub_kwargs = str(pretrained_model_name_or_path), hub_arguments(kwargs)
         dtype = kwargs.pop("torch_dtype", dtype)  # its older name
         if config is None:
             known = signature(cls.config_class.__init__).parameters.keys() & kwargs.keys()
             settings = {name: kwargs.pop(name) for name in known}
-            config = cls.config_class.from_pretrained(source, **hub_kwargs, **settings)
+            with loading(source):
+                config = cls.config_class.from_pretrained(source, **hub_kwargs, **settings)
         if not config.backbone_config:
             raise ConfigurationError(f"{source} holds no LLM recommender: RecommenderModel loads any kind.")
         adapter = find_file(source, base.ADAPTER_CONFIG_NAME, **hub_kwargs)

@@ -22,13 +22,14 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from ..data import ItemVocabulary
 from ..data.vocabulary import VOCABULARY_FILE
 from ..distillation.loss import distillation_loss
-from ..errors import ConfigurationError, DataError, UnknownItemsError, first_line
+from ..errors import ConfigurationError, DataError, UnknownItemsError
 from ..modes import evaluating
 from .recommendations import Recommendations
-from .weights import find_file, hash_tensors, remove_weights, stored_weights
+from .weights import find_file, hash_tensors, loading, remove_weights, stored_weights
 
 
 _PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "tags")
+_FINDS_THE_KIND = "RecommenderModel.from_pretrained finds the right kind."
 
 
 @dataclass
@@ -359,18 +360,16 @@ class RecommenderModel(PreTrainedModel):
             kind = _class_of(pretrained_model_name_or_path, **hub_arguments(kwargs))
             return kind.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         asked = kwargs.pop("output_loading_info", False)
-        try:
+        with loading(pretrained_model_name_or_path, _FINDS_THE_KIND):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
-        except (OSError, SafetensorError) as error:
-            raise _not_loaded(pretrained_model_name_or_path, error) from error
         # What is missing would be drawn at random, and recommend at random.
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(map(str, info[kind])):
                 raise ConfigurationError(
                     f"The weights in {str(pretrained_model_name_or_path)!r} do not fit a {cls.__name__}: "
-                    f"{kind.replace('_', ' ')} {names[:3]}. RecommenderModel.from_pretrained finds the right kind."
+                    f"{kind.replace('_', ' ')} {names[:3]}. {_FINDS_THE_KIND}"
                 )
         model._load_vocabulary(pretrained_model_name_or_path, **hub_arguments(kwargs))
         return (model, info) if asked else model
@@ -388,8 +387,8 @@ class RecommenderModel(PreTrainedModel):
         """
         if self.vocabulary is not None and len(self.vocabulary) != self.config.num_items:
             raise ConfigurationError(
-                f"The vocabulary holds {len(self.vocabulary)} items and the model scores {self.config.num_items}: its "
-                "files are of two trainings."
+                f"The vocabulary holds {len(self.vocabulary)} items and the model scores {self.config.num_items}: "
+                "they are of two trainings."
             )
 
     def portable_state(self, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
@@ -428,10 +427,8 @@ class RecommenderModel(PreTrainedModel):
 
 def _class_of(source: str | os.PathLike, **hub_kwargs) -> type[RecommenderModel]:
     """The kind of recommender that a folder or a Hub repository holds."""
-    try:
+    with loading(source):
         config = AutoConfig.from_pretrained(source, **hub_kwargs)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(source, error) from error
     kind = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else object
     if not issubclass(kind, RecommenderModel):
         raise ConfigurationError(
@@ -439,10 +436,6 @@ def _class_of(source: str | os.PathLike, **hub_kwargs) -> type[RecommenderModel]
             "is registered by AutoConfig.register and AutoModel.register."
         )
     return kind
-
-
-def _not_loaded(source: str | os.PathLike, error: Exception) -> ConfigurationError:
-    return ConfigurationError(f"Cannot load a recommender from {str(source)!r}: {first_line(error)}")
 
 
 def _check_sizes(config: PreTrainedConfig) -> None:

@@ -5,13 +5,30 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
+
+from ..errors import ConfigurationError, first_line
+
+
+@contextmanager
+def loading(source: str | os.PathLike, remedy: str = "") -> Iterator[None]:
+    """Names the recommender that cannot be loaded, where libraries say what they miss of it."""
+    try:
+        yield
+    except ConfigurationError:  # says all itself, and is a ValueError too
+        raise
+    except (OSError, SafetensorError, ValueError) as error:
+        reason = f"{first_line(error)} {remedy if isinstance(error, ValueError) else ''}".strip()
+        raise ConfigurationError(f"Cannot load a recommender from {str(source)!r}: {reason}") from error
 
 
 def find_file(source: str | os.PathLike, name: str, **hub_kwargs) -> str | None:

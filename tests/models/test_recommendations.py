@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmd4rec_hf import RecommenderModel, SASRecModel, ranking_metrics, target_ranks
+from llmd4rec_hf import LLMRecommender, RecommenderModel, SASRecModel, ranking_metrics, target_ranks
 from llmd4rec_hf.errors import ConfigurationError, DataError
 from llmd4rec_hf.models import Recommendations
 from llmd4rec_hf.models.recommendations import save_qrels
@@ -103,8 +103,9 @@ def test_what_is_no_recommender_is_refused(make_llm, tmp_path):
     make_llm().backbone.save_pretrained(tmp_path / "backbone")
     with pytest.raises(ConfigurationError, match="which is no recommender"):
         RecommenderModel.from_pretrained(tmp_path / "backbone")
-    with pytest.raises(ConfigurationError, match="Cannot load a recommender from"):
-        RecommenderModel.from_pretrained(tmp_path / "nowhere")
+    for kind in (RecommenderModel, LLMRecommender, SASRecModel):
+        with pytest.raises(ConfigurationError, match="Cannot load a recommender from"):
+            kind.from_pretrained(tmp_path / "nowhere")
 
 
 # --- other tools -----------------------------------------------------------------------------------------------------

@@ -288,6 +288,9 @@ def test_weights_of_another_kind_are_refused(still_model, tmp_path):
     still_model("sasrec").save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match="do not fit a GRU4RecModel: missing keys"):
         GRU4RecModel.from_pretrained(tmp_path)
+    still_model("llm-lora").save_pretrained(tmp_path / "llm")
+    with pytest.raises(ConfigurationError, match="not found in the base model.*finds the right kind"):
+        SASRecModel.from_pretrained(tmp_path / "llm")
     model, info = SASRecModel.from_pretrained(tmp_path, output_loading_info=True)
     assert isinstance(model, SASRecModel)
     assert not info["missing_keys"]

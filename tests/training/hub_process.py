@@ -129,7 +129,7 @@ def load(folder: Path) -> None:
     found["recommended"] = LLMRecommender.from_pretrained("user/llm").recommend([["item-1", "item-2"]], k=3).ids
     try:
         LLMRecommender.from_pretrained("user/llm", token="hf_other", cache_dir=folder / "empty")
-    except OSError as error:
+    except ConfigurationError as error:
         found["wrong token"] = str(error)
     try:
         LLMRecommender.from_pretrained("user/moved")
