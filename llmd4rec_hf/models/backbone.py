@@ -272,11 +272,18 @@ def save_adapter(backbone, tensors: dict[str, torch.Tensor], directory: str | os
     """Write PEFT's two files, which PEFT alone can load onto the bare backbone."""
     # Not PeftModel.save_pretrained: it would also write a model card that claims the whole repository for PEFT.
     os.makedirs(directory, exist_ok=True)
+    if len(backbone.peft_config) > 1:
+        raise ConfigurationError(
+            f"The backbone carries the adapters {list(backbone.peft_config)}, and one is saved: merge or delete the "
+            "others."
+        )
     # Some kinds share what lies in memory once, and a file may not.
     tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
     save_file(tensors, os.path.join(directory, ADAPTER_WEIGHTS_NAME), metadata={"format": "pt"})
     peft_config = copy.copy(backbone.peft_config["default"])
     peft_config.inference_mode = True
+    base = type(backbone.get_base_model())
+    peft_config.auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
     peft_config.save_pretrained(directory)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import (
     AdaptionPromptConfig,
+    AutoPeftModel,
     IA3Config,
     LoHaConfig,
     LoraConfig,
@@ -16,7 +17,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from transformers import AutoModel
+from transformers import AutoModel, LlamaModel
 
 from llmd4rec_hf import LLMRecommender, MutualDistillArguments, MutualDistillTrainer
 from llmd4rec_hf.errors import ConfigurationError
@@ -69,6 +70,21 @@ def test_any_adapter(tiny_folder, random_vectors, batch, tmp_path, adapter_kind)
         assert torch.equal(LLMRecommender.from_pretrained(tmp_path).encode(batch["item_ids"]), hidden)
         assert torch.equal(other.encode(batch["item_ids"]), hidden)
         assert torch.equal(bare(tokens).last_hidden_state, model.backbone(tokens).last_hidden_state)
+
+
+def test_the_adapter_names_the_class_that_it_is_for(make_llm, tmp_path):
+    make_llm(adapter=True).save_pretrained(tmp_path)
+    assert isinstance(AutoPeftModel.from_pretrained(tmp_path).get_base_model(), LlamaModel)
+
+
+def test_one_adapter_is_saved(make_llm, tmp_path):
+    """A second one would be left out without a word."""
+    model = make_llm(adapter=True)
+    model.backbone.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ConfigurationError, match=r"the adapters \['default', 'second'\], and one is saved"):
+        model.save_pretrained(tmp_path)
+    model.backbone.delete_adapter("second")
+    model.save_pretrained(tmp_path)
 
 
 def test_lora_gets_all_linear_layers(tiny_folder):
