@@ -70,6 +70,8 @@ class HistoryTrainer(Trainer):
     def _check_student(self, model) -> None:
         if not isinstance(model, RecommenderModel):
             remedy = ": give its adapter to LLMRecommender.from_backbone" if hasattr(model, "peft_config") else ""
+            if hasattr(model, "_orig_mod"):
+                remedy = ": give the model as it was before torch.compile, and torch_compile=True in the arguments"
             raise ConfigurationError(
                 f"{type(self).__name__} trains a RecommenderModel, got {type(model).__name__}{remedy}."
             )

@@ -47,14 +47,23 @@ class MutualDistillTrainer(DistillationTrainer):
             )
 
     def train(self, *args, **kwargs):
-        """As in [`DistillationTrainer`]; it warns of an LLM that cannot tell items apart."""
+        """As in [`DistillationTrainer`]; it warns of an LLM that cannot tell items apart, or is frozen."""
+        if isinstance(self.model, LLMRecommender):
+            self._warn_of_llm(self.model)
+        return super().train(*args, **kwargs)
+
+    def _warn_of_llm(self, llm: LLMRecommender) -> None:
         injects = self.teacher is not None and self.settings.refresh_item_vectors
-        if isinstance(self.model, LLMRecommender) and not injects and not self.model.tells_items_apart:
+        if not injects and not llm.tells_items_apart:
             logger.warning(
                 "The LLM has neither item vectors nor titles: all histories look the same to it. Call its "
                 "set_item_vectors, or build it with item_texts."
             )
-        return super().train(*args, **kwargs)
+        if not any(parameter.requires_grad for parameter in llm.backbone.parameters()):
+            logger.warning(
+                "Nothing in the LLM's backbone is trained, only head and projections are: load a model with "
+                "is_trainable=True to go on with its adapter."
+            )
 
     def _take_item_vectors(self, model, teacher) -> None:
         if self.settings.refresh_item_vectors:

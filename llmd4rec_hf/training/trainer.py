@@ -150,14 +150,15 @@ class DistillationTrainer(HistoryTrainer):
 
         Raises:
             TrainingError: the loss is not finite.
-            ConfigurationError: nothing to resume from, a student that is an ensemble, items that it lacks,
-                `num_sampled_items` where sparse gradients do not work, or `max_positions_per_batch` for data whose
-                rows have no lengths or do not fit.
+            ConfigurationError: nothing to resume from, a student that is an ensemble, items that it lacks, a
+                vocabulary of others, `num_sampled_items` where sparse gradients do not work, or
+                `max_positions_per_batch` for data whose rows have no lengths or do not fit.
         """
         if self.model is None:  # between the trials of a hyperparameter search, whose models `Trainer` drops
             self.model = self.call_model_init(trial)
         if isinstance(self.model, RecommenderEnsemble):
             raise ConfigurationError("An ensemble is not trained: train its members, or a student that it teaches.")
+        self.model.check_vocabulary()
         if self.settings.max_positions_per_batch is not None and self.model_init is None:
             # For its errors, which should not come after a teacher has been cached.
             self._budgeted_batches()

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 from trained import train, weights
 
@@ -366,6 +367,17 @@ def test_an_llm_that_cannot_tell_items_apart_is_warned_of(
     assert len([text for text in said if "neither item vectors nor titles" in text]) == warnings
 
 
+def test_a_frozen_adapter_is_warned_of(make_llm, splits, tmp_path, monkeypatch):
+    """As `from_pretrained` loads it: without a word head and projections alone would learn."""
+    said = []
+    monkeypatch.setattr(mutual_distill_trainer.logger, "warning", said.append)
+    llm = make_llm(peft_config=LoraConfig(r=2))
+    for frozen in (False, True):
+        llm.backbone.requires_grad_(not frozen)
+        MutualDistillTrainer(llm, llm_arguments(tmp_path, max_steps=1), splits["train"]).train()
+        assert any("load a model with is_trainable=True" in text for text in said) is frozen
+
+
 def test_data_of_another_catalogue_is_refused(make_crm, arguments, splits):
     with pytest.raises(ConfigurationError, match="holds the item id 12 and the student scores 5 items"):
         CRMTrainer(make_crm(num_items=5), arguments(), splits["train"]).train()
@@ -415,6 +427,12 @@ def test_early_stopping_needs_to_know_what_gets_better(make_crm, arguments, spli
 def test_other_models_and_catalogues_are_refused(make_crm, arguments, splits, vocabulary):
     with pytest.raises(ConfigurationError, match="trains a RecommenderModel, got Linear"):
         CRMTrainer(nn.Linear(2, 2), arguments())
+    with pytest.raises(ConfigurationError, match="OptimizedModule: give the model as it was before torch.compile"):
+        CRMTrainer(torch.compile(make_crm(), backend="eager"), arguments())
+    student = make_crm()
+    student.vocabulary = ItemVocabulary(vocabulary.item_ids[:-1])
+    with pytest.raises(ConfigurationError, match="The vocabulary holds 11 items and the model scores 12"):
+        CRMTrainer(student, arguments(), splits["train"]).train()
     ensemble = RecommenderEnsemble([make_crm(0), make_crm(1)])
     with pytest.raises(ConfigurationError, match="An ensemble is not trained: train its members"):
         CRMTrainer(ensemble, arguments(), splits["train"]).train()
