@@ -246,31 +246,36 @@ def _adapter_of(model) -> dict | None:
 
 def _logged_results(trainer: HistoryTrainer) -> dict[str, dict[str, float]]:
     """Metrics by what was evaluated: at the best step, or else the last, and after the training."""
-    history = [(_evaluated(entry), entry) for entry in trainer.state.log_history]
+    history = trainer.state.log_history
+    ended = max((index for index, entry in enumerate(history) if "train_runtime" in entry), default=len(history))
+    found = [
+        (index, entry["step"], name, metrics)
+        for index, entry in enumerate(history)
+        for name, metrics in _evaluation(entry).items()
+    ]
     best = trainer.args.load_best_model_at_end and trainer.state.best_global_step
-    step = best or max((entry["step"] for prefix, entry in history if prefix), default=None)
-    results, has_ended = {}, False
-    for prefix, entry in history:
-        has_ended = has_ended or "train_runtime" in entry
-        if prefix and (has_ended or entry["step"] == step):
-            # Which rows `eval` stands for is not known: `evaluate` takes any.
-            results["evaluation" if prefix == "eval" else prefix.removeprefix("eval_")] = _metrics(prefix, entry)
-    return results
+    shown = best or max((step for _, step, *_ in found), default=None)
+    return {name: metrics for index, step, name, metrics in found if step == shown or index > ended}
 
 
-def _evaluated(entry: dict) -> str | None:
-    """The prefix of an evaluation's metrics: `eval`, `eval_NAME` for one of several sets, or one of the user's own."""
-    prefixes = [name.removesuffix("_runtime") for name in entry if name.endswith("_runtime")]
-    return min(prefixes, key=len) if prefixes and "train_runtime" not in entry else None
-
-
-def _metrics(prefix: str, entry: dict) -> dict[str, float]:
-    found = {name.removeprefix(f"{prefix}_"): value for name, value in entry.items() if name.startswith(f"{prefix}_")}
-    return {
+def _evaluation(entry: dict) -> dict[str, dict[str, float]]:
+    """Of a log what an evaluation found, by the name of what was evaluated; nothing of other logs."""
+    prefixes = [
+        name.removesuffix("runtime") for name in entry if name.endswith("_runtime") and name != "train_runtime"
+    ]
+    if not prefixes:
+        return {}
+    # `eval_`, `eval_NAME_` for one of several sets, or one of the user's own.
+    prefix = min(prefixes, key=len)
+    own = {name.removeprefix(prefix): value for name, value in entry.items() if name.startswith(prefix)}
+    metrics = {
         name: value
-        for name, value in found.items()
+        for name, value in own.items()
         if isinstance(value, (int, float)) and name != "loss" and not name.endswith(_NOT_RESULTS)
     }
+    # Which rows `eval` stands for is not known: `evaluate` takes any.
+    name = "evaluation" if prefix == "eval_" else prefix.removeprefix("eval_").removesuffix("_")
+    return {name: metrics} if metrics else {}
 
 
 def run_card(results: dict, folder: str | os.PathLike, side: str, repository: str, **metadata) -> str:

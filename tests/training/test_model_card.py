@@ -78,7 +78,8 @@ def test_the_best_evaluation_is_shown(make_crm, args, card):
     assert "| ndcg@10 | 0.9000 |" in card(trainer)[1]
     # What is evaluated once the training has ended is the best model.
     trainer.state.log_history += [
-        {"train_runtime": 9.0, "step": 2},
+        {"my_runtime": 1.0, "step": 7},
+        {"train_runtime": 9.0, "train_ndcg@10": 0.3, "step": 2},
         {"test_ndcg@10": 0.7, "test_runtime": 0.1, "step": 2},
     ]
     assert "|  | evaluation | test |" in card(trainer)[1]
