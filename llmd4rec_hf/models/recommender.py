@@ -333,7 +333,8 @@ class RecommenderModel(PreTrainedModel):
             return
         hub_kwargs = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs} if push_to_hub else {}
         self.save_companions(save_directory)
-        remove_weights(save_directory)
+        if kwargs.get("variant") is None:  # of which a folder holds several, side by side
+            remove_weights(save_directory)
         super().save_pretrained(save_directory, **kwargs)
         if push_to_hub:
             # Not by the base class, which would upload only what it has written itself.

@@ -246,6 +246,14 @@ def test_saved_over_another_model_it_is_what_is_found(kind_of_both, make_model, 
     assert_same_model(RecommenderModel.from_pretrained(tmp_path), model, batch)
 
 
+def test_a_variant_lies_beside_the_model(make_model, tmp_path):
+    model, half = make_model("sasrec"), make_model("sasrec").half()
+    model.save_pretrained(tmp_path)
+    half.save_pretrained(tmp_path, variant="fp16")
+    assert SASRecModel.from_pretrained(tmp_path, dtype=torch.float32).content_hash() == model.content_hash()
+    assert SASRecModel.from_pretrained(tmp_path, variant="fp16").content_hash() == half.content_hash()
+
+
 def test_auto_classes(kind, still_model, batch, tmp_path):
     model = still_model(kind)
     model.save_pretrained(tmp_path)
