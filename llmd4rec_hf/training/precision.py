@@ -17,7 +17,7 @@ _SHAPE = (256, 64, 1024)
 def bf16_slowdown() -> float:
     """
     How many times as long as in float32 a matrix product takes this CPU in bf16. With instructions for it, a half or
-    less; without, two to sixteen times as long. Measured, in milliseconds, since a processor's flags do not tell:
+    less; without, two to twenty times as long. Measured, in milliseconds, since a processor's flags do not tell:
     some that name such instructions are slower with them.
     """
     return _seconds(torch.bfloat16) / _seconds(torch.float32)
