@@ -203,7 +203,23 @@ class Study:
         return found
 
 
-def main() -> None:
+def needs_backbone(name: str) -> bool:
+    """Whether a model, or one that it is built upon, is an LLM or begins with an LLM's title vectors."""
+    own = SPECIFICATION["models"][name]
+    sources = [own[role] for role in ("vectors", "teacher") if role in own] + own.get("of", [])
+    return own["kind"] == "llm" or own.get("titles", False) or any(map(needs_backbone, sources))
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """What makes a result again; folders are called by their names, since elsewhere they lie somewhere else."""
+    words = ["python benchmarks/quality/run.py", options.name, "--data", options.data.name]
+    if options.backbone is not None:
+        folder = Path(options.backbone)
+        words += ["--backbone", folder.name if folder.is_dir() else options.backbone]
+    return " ".join([*words, "--seed", str(options.seed), *([] if options.bf16 else ["--no-bf16"])])
+
+
+def main(argv: list[str] | None = None) -> None:
     """Train what is missing, test, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=SPECIFICATION["models"], metavar="MODEL", help="one of models.yaml")
@@ -212,12 +228,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="where the models are kept")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if options.backbone is None and needs_backbone(options.name):
+        parser.error(f"{options.name} is built upon an LLM: give its folder or Hub id as --backbone")
     folder = options.runs / options.data.name / f"seed-{options.seed}"
     study = Study(options.data, options.backbone, options.seed, folder, options.bf16)
     result, ranks = study.test(options.name)
-    command = f"python benchmarks/quality/run.py {options.name} --data {options.data.name} --seed {options.seed}"
-    result = {"command": command, "machine": machine(), "versions": installed_versions(), **result}
+    result = {"command": command_of(options), "machine": machine(), "versions": installed_versions(), **result}
     target = HERE / "results" / options.data.name
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / f"{options.name}-seed{options.seed}.json", result)

@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from llmd4rec_hf.evaluation.results import still_rising
+from llmd4rec_hf.run_results import late_gain
+
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -66,6 +69,13 @@ def _spread(values: list[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
 
+def _seeds(results: list[dict]) -> str:
+    """How many there are, and of how many the training ended while they were still getting better."""
+    trainings = [result["training"] for result in results if result["training"]]
+    rising = sum(still_rising(late_gain(training["history"])) for training in trainings)
+    return f"{len(results)}, {rising} rising" if rising else str(len(results))
+
+
 def _row(name: str, runs: dict) -> str:
     results = [result for result, _ in runs[name]]
     tests = [result["test"] for result in results]
@@ -77,7 +87,7 @@ def _row(name: str, runs: dict) -> str:
     kept = [test["keep"][METRIC] for test in tests if "keep" in test]
     cells = [
         own["title"],
-        str(len(results)),
+        _seeds(results),
         _spread([test["mask"]["hr@10"] for test in tests]),
         _spread([test["mask"][METRIC] for test in tests]),
         ", ".join(f"{gain:+.1%}" for gain, _ in gains),

@@ -113,7 +113,7 @@ def cautions(results: dict) -> list[str]:
                 "distillation, and is what was tested."
             )
         rise = final.get("late_gain")
-        if rise is not None and rise > _STILL_RISING:
+        if still_rising(rise):
             found.append(
                 f"{name}: still getting better when its training ended (validation NDCG@10 {percent(rise)} in the "
                 "last tenth of it). With more epochs the gain may be another."
@@ -125,6 +125,11 @@ def cautions(results: dict) -> list[str]:
                 "under-trained, or its settings do not fit the data."
             )
     return found
+
+
+def still_rising(late_gain: float | None) -> bool:
+    """Whether a model was still getting better when its training ended, by what [`cautions`] calls its rise."""
+    return late_gain is not None and late_gain > _STILL_RISING
 
 
 def protocol_entry(split: str, seen_items: str) -> dict:
