@@ -122,9 +122,13 @@ def _compile(function: Callable) -> Callable:
         threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
         if threads == 1:
             return alone(*arguments)
+        of_the_caller = numba.get_num_threads()
         numba.set_num_threads(threads)
-        with _THREADS:
-            return shared(*arguments)
+        try:
+            with _THREADS:
+                return shared(*arguments)
+        finally:
+            numba.set_num_threads(of_the_caller)
 
     return run
 

@@ -19,7 +19,7 @@ from llmd4rec_hf.distillation import ListedScores, loss
 from llmd4rec_hf.distillation.walk import Walk
 
 
-pytest.importorskip("numba")
+numba = pytest.importorskip("numba")
 compiled_walk = pytest.importorskip("llmd4rec_hf.distillation.compiled_walk")
 
 # Of items: several blocks of sums, the last of them not a whole one.
@@ -67,6 +67,19 @@ def test_threads_change_nothing(monkeypatch):
         results.append(chunked(given, temperature=2.0, chunk_size=8)[0])
     torch.set_num_threads(before)
     assert torch.equal(results[0].loss, results[1].loss)
+
+
+def test_numbas_own_threads_are_as_many_as_before(monkeypatch):
+    monkeypatch.setattr(loss, "_MIN_COMPILED_ITEMS", 0)
+    before, of_numba = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(2)
+    numba.set_num_threads(1)
+    try:
+        chunked(problem(num_items=MANY))
+        assert numba.get_num_threads() == 1
+    finally:
+        numba.set_num_threads(of_numba)
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
