@@ -16,6 +16,7 @@ from ..data.arrow import column_array
 from ..errors import ConfigurationError
 from ..models import RecommenderModel
 from .arguments import DistillationArguments, DistillationSettings
+from .checkpoints import changed
 from .sampler import LengthBucketSampler, LengthSortedSampler, PositionBudgetBatchSampler, SamplerEpoch
 
 
@@ -221,7 +222,9 @@ class HistoryTrainer(Trainer):
         collator = self.data_collator
         self.data_collator = RankingCollator(collator)
         try:
-            return get_dataloader(dataset)
+            # Rows are left out of a training's steps alone, not of what is ranked.
+            with changed(self.args, dataloader_drop_last=False):
+                return get_dataloader(dataset)
         finally:
             self.data_collator = collator
 

@@ -71,6 +71,18 @@ def test_rows_that_are_used_together_are_of_like_length(make_crm, make_arguments
     assert trainer._rows_per_step == rows
 
 
+@pytest.mark.parametrize("bucketing", [True, False])
+def test_no_row_is_left_out_of_a_ranking(make_crm, make_arguments, splits, bucketing):
+    """40 rows are five batches of 7 and one that is not full."""
+    args = make_arguments(dataloader_drop_last=True, per_device_eval_batch_size=7, length_bucketing=bucketing)
+    trainer = CRMTrainer(make_crm(0), args, splits["train"], splits["test"])
+    ranks = trainer.predict(splits["test"]).predictions
+    whole = CRMTrainer(make_crm(0), make_arguments(), splits["train"]).predict(splits["test"]).predictions
+    assert ranks.tolist() == whole.tolist()
+    assert trainer.evaluate()["eval_mrr@20"] == pytest.approx((1 / whole).mean())
+    assert args.dataloader_drop_last
+
+
 def test_training_learns_the_walk(make_crm, arguments, splits):
     args = arguments(num_train_epochs=40, learning_rate=1e-2, logging_steps=100)
     trainer = CRMTrainer(make_crm(), args, splits["train"], splits["validation"])
