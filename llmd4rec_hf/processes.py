@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from accelerate import PartialState
@@ -50,8 +51,11 @@ def _together(work: Callable[[], T], share: bool = False) -> tuple[T, T | None]:
     return result, outcomes[0][0]
 
 
-def _portable(error: Exception) -> tuple[type[Exception], str]:
-    """An error as another process can raise it: those of this package as they are, others by their name."""
+def _portable(error: Exception) -> tuple[Callable[[str], Exception], str]:
+    """An error as another process can raise it: those of this package and the system's as they are, others by name."""
     if isinstance(error, LLMD4RecError):
         return type(error), str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        # By its number a full disk and its like are told from others.
+        return partial(OSError, error.errno), error.strerror + (f": {error.filename}" if error.filename else "")
     return RuntimeError, f"{type(error).__name__}: {error}"

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import errno
+import pickle
+from pathlib import Path
+
 import pytest
 
 from llmd4rec_hf import processes
-from llmd4rec_hf.errors import LLMD4RecError, UnknownItemsError, first_line
+from llmd4rec_hf.errors import LLMD4RecError, StorageError, UnknownItemsError, first_line
+from llmd4rec_hf.files import storage_errors_named
 
 
 @pytest.mark.parametrize(
@@ -29,14 +34,33 @@ def all_kinds(kind: type = LLMD4RecError) -> list[type]:
     return [kind, *(deeper for below in kind.__subclasses__() for deeper in all_kinds(below))]
 
 
-@pytest.mark.parametrize("kind", all_kinds())
-def test_another_process_raises_the_same_kind(monkeypatch, kind):
-    """Of each error a process sends kind and text to the others."""
+@pytest.fixture
+def another(monkeypatch):
+    """Lets this process be the second of two, and the first one send a kind of error and a text."""
 
-    class Other:
+    class Both:
         num_processes = 2
 
-    monkeypatch.setattr(processes, "PartialState", Other)
-    monkeypatch.setattr(processes, "gather_object", lambda mine: [(None, (kind, "it went wrong")), *mine])
+    def sends(kind, text):
+        monkeypatch.setattr(processes, "PartialState", Both)
+        monkeypatch.setattr(processes, "gather_object", lambda mine: [(None, (kind, text)), *mine])
+
+    return sends
+
+
+@pytest.mark.parametrize("kind", all_kinds())
+def test_another_process_raises_the_same_kind(another, kind):
+    """Of each error a process sends kind and text to the others."""
+    another(kind, "it went wrong")
     with pytest.raises(kind, match="process 0: it went wrong"):
+        processes.on_every_process(lambda: None)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_another_process_too_knows_a_disk_that_cannot_be_written_to(another, number):
+    another(*pickle.loads(pickle.dumps(processes._portable(OSError(number, "no way", "state.json")))))
+    with (
+        pytest.raises(StorageError, match=r"write to run \(.*process 0: no way: state.json\). Make room"),
+        storage_errors_named(Path("run"), "Make room."),
+    ):
         processes.on_every_process(lambda: None)
