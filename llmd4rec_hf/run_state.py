@@ -18,7 +18,7 @@ from .data import ItemVocabulary, data_hash
 from .errors import RunStateError
 from .files import file_facts, find_damage, is_altered, write_json
 from .models import RecommenderModel
-from .processes import on_main_process
+from .processes import on_every_process, on_main_process
 from .training import DistillationArguments
 from .training.batching import batches_per_step
 
@@ -94,7 +94,7 @@ class RunLock:
         folder (`Path`): made if it is not there.
 
     Raises:
-        RunStateError: another run has it. The message says which.
+        RunStateError: another run has it, the message says which; or a process does not find the folder.
     """
 
     def __init__(self, folder: Path):
@@ -103,6 +103,11 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         on_main_process(self._acquire)
+        try:
+            on_every_process(self._look)
+        except RunStateError:
+            self._lock.release()
+            raise
         return self
 
     def __exit__(self, *_) -> None:
@@ -118,6 +123,13 @@ class RunLock:
             ) from None
         holder = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_json(self.folder / HOLDER_NAME, holder)
+
+    def _look(self) -> None:
+        if not (self.folder / HOLDER_NAME).is_file():
+            raise RunStateError(
+                f"The main process has made {self.folder}, and there is none in {Path.cwd()} on {platform.node()}: "
+                "all processes have to find the same folder. Give the full path of one that all machines share."
+            )
 
     def _holder(self) -> str:
         try:

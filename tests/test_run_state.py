@@ -162,3 +162,24 @@ def test_a_lock_ends_with_its_block(tmp_path, monkeypatch):
         pass
     with RunLock(tmp_path):
         pass
+
+
+def test_processes_that_do_not_find_the_same_folder_say_so_at_the_start(tmp_path, monkeypatch):
+    with monkeypatch.context() as another:
+        # It is made by the main process alone, and that has it elsewhere.
+        another.setattr(run_state, "on_main_process", lambda work: None)
+        with (
+            pytest.raises(RunStateError, match="all processes have to find the same folder"),
+            RunLock(tmp_path / "run"),
+        ):
+            pass
+    with monkeypatch.context() as main:
+
+        def fail(work):
+            raise RunStateError("process 1: there is none")
+
+        main.setattr(run_state, "on_every_process", fail)
+        with pytest.raises(RunStateError, match="process 1"), RunLock(tmp_path / "run"):
+            pass
+    with RunLock(tmp_path / "run"):
+        pass
