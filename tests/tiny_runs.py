@@ -312,13 +312,14 @@ def _train_case(kind: str, users: int, rows_per_process: int, out: str, **argume
         )
     trainer = trainer_class(model, args(out, **settings), splits["train"], splits["validation"], teacher=teacher)
     trainer.train()
-    metrics = {name: value for name, value in trainer.evaluate().items() if "@" in name}
+    metrics = trainer.evaluate()
     logs = [entry for entry in trainer.state.log_history if "kl" in entry]
     return {
         "losses": [entry["loss"] for entry in logs],
         "kl": [entry["kl"] for entry in logs],
         "weights": model.item_matrix().flatten().tolist(),
-        "metrics": metrics,
+        "metrics": {name: value for name, value in metrics.items() if "@" in name},
+        "eval_loss": metrics["eval_loss"],
         "ranks": trainer.predict(splits["test"]).predictions.tolist(),
         "steps": trainer.state.global_step,
     }

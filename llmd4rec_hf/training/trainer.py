@@ -31,7 +31,7 @@ from ..evaluation import ranking_metrics, score_targets
 from ..files import write_manifest
 from ..models import RecommenderEnsemble, RecommenderModel
 from ..models.recommender import supervised
-from ..processes import on_main_process
+from ..processes import on_every_process, on_main_process
 from .arguments import refuse_what_has_no_effect
 from .batching import HistoryTrainer, has_lengths
 from .checkpoints import changed, check_checkpoint, last_whole_checkpoint, rehome, rotate_checkpoints
@@ -63,9 +63,9 @@ class DistillationTrainer(HistoryTrainer):
     Differences: the default collator is [`SequenceCollator`]; `compute_metrics` is given ranks (1 is best) of shape
     `(n,)` as `predictions` and the true items `(n,)` as `label_ids`, since scores over all items would not fit into
     memory, with `length_bucketing` in the order of the rows' lengths; `eval_loss` is the cross-entropy of the ranked
-    item, not of all positions; another loss (`label_smoothing_factor`, `compute_loss_func`), `neftune_noise_alpha`,
-    `eval_do_concat_batches=False`, `preprocess_logits_for_metrics`, and `batch_eval_metrics` without a
-    `compute_metrics`, are refused.
+    item, not of all positions; `dataloader_drop_last` leaves out rows in training alone; another loss
+    (`label_smoothing_factor`, `compute_loss_func`), `neftune_noise_alpha`, `eval_do_concat_batches=False`,
+    `preprocess_logits_for_metrics`, and `batch_eval_metrics` without a `compute_metrics`, are refused.
 
     Args:
         model ([`RecommenderModel`]): the student.
@@ -387,7 +387,8 @@ class DistillationTrainer(HistoryTrainer):
         targets = inputs["labels"].gather(1, last.unsqueeze(1)).squeeze(1)
         seen = inputs["seen"] if self.settings.seen_items == "mask" else None
         scores = score_targets(outputs.hidden, outputs.item_matrix, targets, seen=seen)
-        loss = scores.nll.mean()
+        # Over all processes, without the rows that are there a second time to give every process as many.
+        loss = self.accelerator.gather_for_metrics(scores.nll).mean()
         return (loss, None, None) if prediction_loss_only else (loss, scores.ranks, targets)
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
@@ -399,13 +400,17 @@ class DistillationTrainer(HistoryTrainer):
             super()._save_checkpoint(model, trial)
         sums = self._loss_sums.over_processes(self.accelerator)
         self.accelerator.wait_for_everyone()
-        if not self.args.should_save:
-            return
         folder = Path(self._get_output_dir(trial=trial))
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
-        (checkpoint / LOSS_SUMS_NAME).write_text(json.dumps(sums))
-        write_manifest(checkpoint)
-        rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
+
+        def close():
+            if self.args.should_save:
+                (checkpoint / LOSS_SUMS_NAME).write_text(json.dumps(sums))
+                write_manifest(checkpoint)
+                rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
+
+        # None goes on before: if it ended, as after a signal, the launcher would end the one that is still writing.
+        on_every_process(close)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # `Trainer` pickles its arguments beside the weights, and pushes them: not with the token, and in a checkpoint

@@ -67,6 +67,8 @@ def test_a_training_has_the_same_losses_and_metrics(trained, case):
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert two["kl"] == pytest.approx(one["kl"], abs=1e-5)
     assert two["weights"] == pytest.approx(one["weights"], abs=1e-5)
+    # `Trainer` takes a batch that is split for so many, and the last one, which is not full, for too little.
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], abs=1e-2 if "split" in case else 1e-5)
     assert two["metrics"] == one["metrics"]
     assert two["ranks"] == one["ranks"]
 

@@ -74,6 +74,22 @@ def test_arguments_are_saved_as_they_are(make_crm, arguments, splits, monkeypatc
     assert (args.save_total_limit, args.hub_token) == (1, "hf_secret")
 
 
+def test_no_process_goes_on_before_a_checkpoint_is_closed(make_crm, arguments, splits, monkeypatch):
+    """Nor does one go on if another cannot close it."""
+    folders = []
+
+    def together(work):
+        (folder,) = Path(args.output_dir).glob("checkpoint-*")
+        before = (folder / "manifest.json").exists()
+        work()
+        folders.append((before, (folder / "manifest.json").exists()))
+
+    monkeypatch.setattr("llmd4rec_hf.training.trainer.on_every_process", together)
+    args = arguments(save_strategy="epoch", num_train_epochs=1)
+    train(make_crm(0), args, splits)
+    assert folders == [(False, True)]
+
+
 class HeadModel(RecommenderModel):
     """Scores by a head that has the weights of its embedding."""
 
