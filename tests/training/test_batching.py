@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,6 +70,17 @@ def test_rows_that_are_used_together_are_of_like_length(make_crm, make_arguments
     trainer = CRMTrainer(make_crm(), make_arguments(**settings), splits["train"])
     assert trainer._get_train_sampler().batch_size == 12
     assert trainer._rows_per_step == rows
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"), [({}, 8), ({"dataloader_drop_last": True}, -1), ({"max_positions_per_batch": 24}, -1)]
+)
+def test_what_is_left_for_the_last_batches_of_a_resumed_epoch(make_crm, make_arguments, splits, settings, left):
+    """Of 40 rows in batches of 16 over all processes 8; none, or nobody knows, where no row comes a second time."""
+    trainer = CRMTrainer(make_crm(), make_arguments(**settings), splits["train"])
+    trainer.get_train_dataloader()
+    trainer.callback_handler.train_dataloader = SimpleNamespace(total_batch_size=16)
+    assert trainer._remainder() == left
 
 
 @pytest.mark.parametrize("bucketing", [True, False])

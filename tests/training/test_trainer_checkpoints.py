@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from llmd4rec_hf import CRMTrainer, RecommenderModel, SASRecConfig
 from llmd4rec_hf.errors import ConfigurationError
+from llmd4rec_hf.training.loss_sums import LOSS_SUMS_NAME, LossSums
 
 
 def test_resumed_training_equals_uninterrupted(make_crm, arguments, splits):
@@ -75,7 +76,7 @@ def test_arguments_are_saved_as_they_are(make_crm, arguments, splits, monkeypatc
 
 
 def test_no_process_goes_on_before_a_checkpoint_is_closed(make_crm, arguments, splits, monkeypatch):
-    """Nor does one go on if another cannot close it."""
+    """With the sums of all processes. Nor does one go on if another cannot close it."""
     folders = []
 
     def together(work):
@@ -85,9 +86,29 @@ def test_no_process_goes_on_before_a_checkpoint_is_closed(make_crm, arguments, s
         folders.append((before, (folder / "manifest.json").exists()))
 
     monkeypatch.setattr("llmd4rec_hf.training.trainer.on_every_process", together)
+    monkeypatch.setattr(LossSums, "over_processes", lambda sums, accelerator: {"positions": 7.0})
     args = arguments(save_strategy="epoch", num_train_epochs=1)
     train(make_crm(0), args, splits)
     assert folders == [(False, True)]
+    (folder,) = Path(args.output_dir).glob("checkpoint-*")
+    assert json.loads((folder / LOSS_SUMS_NAME).read_text()) == {"positions": 7.0}
+
+
+def test_the_main_process_alone_chooses_and_mends_a_checkpoint(make_crm, arguments, splits, monkeypatch):
+    """The others take what it has chosen, and leave the files as they are."""
+    settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "metric_for_best_model": "ndcg@10"}
+    args = arguments(num_train_epochs=1, **settings)
+    train(make_crm(0), args, splits)
+    folder = Path(args.output_dir).rename(Path(args.output_dir).with_name("moved"))
+    (checkpoint,) = folder.glob("checkpoint-*")
+    before = (checkpoint / "trainer_state.json").read_bytes()
+    monkeypatch.setattr("llmd4rec_hf.training.trainer.on_main_process", lambda work: str(checkpoint))
+    trainer = CRMTrainer(
+        make_crm(1), arguments("empty", num_train_epochs=1, **settings), splits["train"], splits["validation"]
+    )
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 5
+    assert (checkpoint / "trainer_state.json").read_bytes() == before
 
 
 class HeadModel(RecommenderModel):
