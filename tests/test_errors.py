@@ -56,6 +56,14 @@ def test_another_process_raises_the_same_kind(another, kind):
         processes.on_every_process(lambda: None)
 
 
+def test_of_several_failures_the_first_is_that_of_all(another, monkeypatch):
+    another(LLMD4RecError, "it went wrong")
+    one = processes.gather_object
+    monkeypatch.setattr(processes, "gather_object", lambda mine: [*one([]), *one([]), *mine])
+    with pytest.raises(LLMD4RecError, match="process 0: it went wrong"):
+        processes.on_every_process(lambda: None)
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
 def test_another_process_too_knows_a_disk_that_cannot_be_written_to(another, number):
     another(*pickle.loads(pickle.dumps(processes._portable(OSError(number, "no way", "state.json")))))

@@ -104,11 +104,15 @@ def identify(make_crm, make_llm, vocabulary, splits):
     return identify
 
 
-def test_a_run_is_the_same_however_a_steps_rows_come_together(identify):
+def test_a_run_is_the_same_however_a_steps_rows_come_together(identify, monkeypatch):
     whole = identify(per_device_train_batch_size=16)
     assert whole["crm_args.rows_per_step"] == 16
     assert identify(per_device_train_batch_size=8, gradient_accumulation_steps=2) == whole
     assert identify(per_device_train_batch_size=8) != whole
+    monkeypatch.setattr(CRMArguments, "world_size", 2)
+    assert identify(per_device_train_batch_size=8) == whole
+    split = identify(per_device_train_batch_size=16, accelerator_config={"split_batches": True})
+    assert split["crm_args.rows_per_step"] == 16
 
 
 def test_where_and_how_a_run_goes_on_makes_it_no_other(identify):

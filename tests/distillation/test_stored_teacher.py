@@ -8,6 +8,7 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from cached_rows import (
@@ -71,7 +72,9 @@ def build_with_processes(monkeypatch, processes, teacher, dataset, directory, **
 def test_every_process_writes_its_rows(monkeypatch, teacher, dataset, tmp_path, processes):
     """Eight processes for five rows: some have nothing to write."""
     caches = build_with_processes(monkeypatch, processes, teacher, dataset, tmp_path / "cache")
-    assert len(list((tmp_path / "cache").glob("hidden-*.npy"))) == processes
+    shards = [np.load(path) for path in (tmp_path / "cache").glob("hidden-*.npy")]
+    assert len(shards) == processes
+    assert all(map(len, shards)) == (processes < 5)
     for cache in caches:
         cache.check(dataset=dataset, teacher=teacher)
         for order in ([4, 2, 0, 3, 1], [3]):
@@ -95,6 +98,19 @@ def test_a_shard_of_another_process_is_checked_too(monkeypatch, teacher, dataset
     (tmp_path / "cache" / "hidden-00001-of-00002.npy").unlink()
     with pytest.raises(CacheError, match="hidden-00001-of-00002.npy is missing, torn or altered"):
         TeacherCache(tmp_path / "cache")
+
+
+def test_a_cache_that_another_process_cannot_read_is_none_for_all(monkeypatch, teacher, dataset, tmp_path):
+    """Building it again takes all of them."""
+
+    def fail(work):
+        work()
+        raise CacheError("process 1: it is torn")
+
+    TeacherCache.build(teacher, dataset, tmp_path / "cache", batch_size=2)
+    assert TeacherCache._find(tmp_path / "cache", dataset, teacher, {}) is not None
+    monkeypatch.setattr(stored_teacher, "on_every_process", fail)
+    assert TeacherCache._find(tmp_path / "cache", dataset, teacher, {}) is None
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
