@@ -57,10 +57,12 @@ def test_another_process_raises_the_same_kind(another, kind):
 
 
 def test_of_several_failures_the_first_is_that_of_all(another, monkeypatch):
-    another(LLMD4RecError, "it went wrong")
-    one = processes.gather_object
-    monkeypatch.setattr(processes, "gather_object", lambda mine: [*one([]), *one([]), *mine])
-    with pytest.raises(LLMD4RecError, match="process 0: it went wrong"):
+    another(LLMD4RecError, "the second")
+    others = processes.gather_object([])
+    monkeypatch.setattr(
+        processes, "gather_object", lambda mine: [(None, (LLMD4RecError, "the first")), *others, *mine]
+    )
+    with pytest.raises(LLMD4RecError, match="process 0: the first"):
         processes.on_every_process(lambda: None)
 
 
