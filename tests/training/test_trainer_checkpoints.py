@@ -77,14 +77,19 @@ def test_arguments_are_saved_as_they_are(make_crm, arguments, splits, monkeypatc
 
 def test_no_process_goes_on_before_a_checkpoint_is_closed(make_crm, arguments, splits, monkeypatch):
     """With the sums of all processes. Nor does one go on if another cannot close it."""
-    folders = []
+    folders, waits = [], []
+
+    def wait(accelerator):
+        waits.append(any(Path(args.output_dir).glob("checkpoint-*/trainer_state.json")))
 
     def together(work):
+        assert waits[-1], "another process may still be writing"
         (folder,) = Path(args.output_dir).glob("checkpoint-*")
         before = (folder / "manifest.json").exists()
         work()
         folders.append((before, (folder / "manifest.json").exists()))
 
+    monkeypatch.setattr("accelerate.Accelerator.wait_for_everyone", wait)
     monkeypatch.setattr("llmd4rec_hf.training.trainer.on_every_process", together)
     monkeypatch.setattr(LossSums, "over_processes", lambda sums, accelerator: {"positions": 7.0})
     args = arguments(save_strategy="epoch", num_train_epochs=1)
