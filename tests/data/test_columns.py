@@ -177,6 +177,7 @@ class TestColumns:
 
     def test_ids_that_pandas_made_floats_are_integers_again(self):
         assert load_interactions(frame((1.0, 16713.0, 1)))["item_id"] == [16713]
+        assert load_interactions(frame((1.0, 7.0, 1)).astype({"item_id": "float16"}))["item_id"] == [7]
 
     def test_mixed_ids_become_strings(self):
         assert load_interactions(frame((1, "a", 1), ("1", "b", 2)))["user_id"] == ["1", "1"]
