@@ -197,6 +197,15 @@ class TestFolderOfParquet:
         with pytest.raises(DataError, match="log: its parts are of different types .*; write them anew"):
             load_interactions(folder)
 
+    @pytest.mark.parametrize("lacking", [0, 1])
+    def test_a_part_without_a_column_of_the_others_is_refused(self, tmp_path, lacking):
+        """Whichever it is: without times in the first part all would be in the order of the files."""
+        parts = [self.log.assign(timestamp=[2, 1]), self.log.assign(timestamp=[4, 3])]
+        del parts[lacking]["timestamp"]
+        folder = self.write(tmp_path / "log", {str(number): part for number, part in enumerate(parts)})
+        with pytest.raises(DataError, match=f"log.{lacking}: .*timestamp"):
+            load_interactions(folder)
+
     def test_a_folder_without_any_is_refused(self, tmp_path):
         (tmp_path / "_SUCCESS").touch()
         with pytest.raises(DataError, match=r"the files \(\) are not called like"):

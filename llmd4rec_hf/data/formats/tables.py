@@ -48,7 +48,9 @@ class ParquetFormat(Format):
         return self, path
 
     def column_names(self, path: Path) -> list[str]:
-        return self._read(pa.parquet.read_schema, self._parts(path)[0]).names
+        # Of all parts: a first one without times must not make a log of which nobody knows the order.
+        schemas = [self._read(pa.parquet.read_schema, part) for part in self._parts(path)]
+        return list(dict.fromkeys(name for schema in schemas for name in schema.names))
 
     def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
         options = {"columns": columns, "partitioning": None}
