@@ -153,6 +153,7 @@ def prepare(
         "format": items_format, "columns": item_columns, "revision": revision, "token": token,
         "text_template": text_template, "max_text_length": max_text_length, "duplicates": duplicate_items,
     }  # fmt: skip
+    asked_for_items = items is not None
     if items is None and isinstance(source, (str, Path)):
         path = Path(source).expanduser()
         items = source if path.is_dir() or not (path.exists() or ":" in str(source)) else None
@@ -168,7 +169,7 @@ def prepare(
             return PreparedData(folder, key)
         log = filter_interactions(load_interactions(source, **log_options), **filters)
         catalogue = None if items is None else load_items(items, **item_options)
-        if catalogue is None and items is not None and items is not source:
+        if catalogue is None and asked_for_items:
             raise DataError(f"{items}: holds no catalogue; give the file with the titles")
         vocabulary = ItemVocabulary.from_interactions(log, catalogue)
         sequences = SPLITS[split](log, vocabulary)

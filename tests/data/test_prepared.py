@@ -108,11 +108,13 @@ def test_a_log_without_a_clock_stays_one(tmp_path):
 
 def test_a_catalogue_that_is_none_is_refused(demo, tmp_path):
     """Of the log's own folder it is no matter, but who names one means to have titles."""
-    (tmp_path / "log").mkdir()
-    demo[0].to_parquet(tmp_path / "log" / "interactions.parquet")
-    with pytest.raises(DataError, match="log: holds no catalogue; give the file with the titles"):
-        prepare(demo[0], tmp_path / "log", tmp_path / "out", with_floors=False)
-    assert prepare(tmp_path / "log", output_dir=tmp_path / "out", with_floors=False).items is None
+    folder = tmp_path / "log"
+    folder.mkdir()
+    demo[0].to_parquet(folder / "interactions.parquet")
+    for source in (demo[0], folder):
+        with pytest.raises(DataError, match="log: holds no catalogue; give the file with the titles"):
+            prepare(source, folder, tmp_path / "out", with_floors=False)
+    assert prepare(folder, output_dir=tmp_path / "out", with_floors=False).items is None
 
 
 class TestCache:
