@@ -64,6 +64,8 @@ def as_ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     """
     column = _plain(column)
     kind = column.type
+    if pa.types.is_floating(kind):  # Arrow does not reckon in 16 bits
+        column = column.cast(pa.float64())
     missing = pc.is_null(column, nan_is_null=True)
     if is_string(kind):
         column = column.cast(pa.string())
@@ -78,7 +80,6 @@ def as_ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
             return column.cast(pa.string())
     if pa.types.is_floating(kind):
         exact = 2.0 ** {16: 11, 32: 24, 64: 53}[kind.bit_width]
-        column = column.cast(pa.float64())  # Arrow has no arithmetic for 16 bits
         row = first_true(pc.or_(pc.not_equal(pc.floor(column), column), pc.greater_equal(pc.abs(column), exact)))
         if row is None:
             return column.cast(pa.int64())
