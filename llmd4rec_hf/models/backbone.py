@@ -268,15 +268,20 @@ def adapter_state(backbone, state_dict: dict[str, torch.Tensor]) -> dict[str, to
     return get_peft_model_state_dict(backbone, state_dict=state_dict)
 
 
-def save_adapter(backbone, tensors: dict[str, torch.Tensor], directory: str | os.PathLike) -> None:
-    """Write PEFT's two files, which PEFT alone can load onto the bare backbone."""
-    # Not PeftModel.save_pretrained: it would also write a model card that claims the whole repository for PEFT.
-    os.makedirs(directory, exist_ok=True)
+def check_single_adapter(backbone) -> None:
+    """Raise for several adapters, of which one would be saved."""
     if len(backbone.peft_config) > 1:
         raise ConfigurationError(
             f"The backbone carries the adapters {list(backbone.peft_config)}, and one is saved: merge or delete the "
             "others."
         )
+
+
+def save_adapter(backbone, tensors: dict[str, torch.Tensor], directory: str | os.PathLike) -> None:
+    """Write PEFT's two files, which PEFT alone can load onto the bare backbone."""
+    # Not PeftModel.save_pretrained: it would also write a model card that claims the whole repository for PEFT.
+    check_single_adapter(backbone)
+    os.makedirs(directory, exist_ok=True)
     # Some kinds share what lies in memory once, and a file may not.
     tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
     save_file(tensors, os.path.join(directory, ADAPTER_WEIGHTS_NAME), metadata={"format": "pt"})

@@ -8,6 +8,7 @@ from transformers.utils import logging
 from ..distillation import ListedTeacherCache, TeacherCache
 from ..errors import ConfigurationError
 from ..models import LLMRecommender
+from ..models.backbone import check_single_adapter
 from .arguments import MutualDistillArguments, MutualDistillSettings
 from .trainer import DistillationTrainer
 
@@ -47,9 +48,14 @@ class MutualDistillTrainer(DistillationTrainer):
             )
 
     def train(self, *args, **kwargs):
-        """As in [`DistillationTrainer`]; it warns of an LLM that cannot tell items apart, or is frozen."""
+        """
+        As in [`DistillationTrainer`]; it warns of an LLM that cannot tell items apart, or is frozen, and refuses one
+        with several adapters before its first checkpoint does.
+        """
         if isinstance(self.model, LLMRecommender):
             self._warn_of_llm(self.model)
+            if self.model.has_adapter:
+                check_single_adapter(self.model.backbone)
         return super().train(*args, **kwargs)
 
     def _warn_of_llm(self, llm: LLMRecommender) -> None:

@@ -378,6 +378,13 @@ def test_a_frozen_adapter_is_warned_of(make_llm, splits, tmp_path, monkeypatch):
         assert any("load a model with is_trainable=True" in text for text in said) is frozen
 
 
+def test_a_second_adapter_is_refused_before_a_checkpoint_is(make_llm, splits, tmp_path):
+    llm = make_llm(peft_config=LoraConfig(r=2))
+    llm.backbone.add_adapter("second", LoraConfig(r=2))
+    with pytest.raises(ConfigurationError, match=r"the adapters \['default', 'second'\], and one is saved"):
+        MutualDistillTrainer(llm, llm_arguments(tmp_path), splits["train"]).train()
+
+
 def test_data_of_another_catalogue_is_refused(make_crm, arguments, splits):
     with pytest.raises(ConfigurationError, match="holds the item id 12 and the student scores 5 items"):
         CRMTrainer(make_crm(num_items=5), arguments(), splits["train"]).train()
