@@ -209,6 +209,7 @@ def ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
             f"{where}: row {row + 1} holds {column[row].as_py()[:40]!r}, an id with a line break, as a stray quote "
             "makes it of several rows; double the quotes in texts or take them out"
         )
+    # Regular expressions are slow: only those that may match are given to them.
     trimmed = pc.ascii_trim(column, " \t\"'")
     odd = pc.less(pc.binary_length(trimmed), pc.binary_length(column))
     for others in (

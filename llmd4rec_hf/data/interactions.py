@@ -173,7 +173,8 @@ def _say_unordered(where: str, perhaps: list[str]) -> None:
         "columns={'timestamp': %r} (--columns timestamp=%s), or position where it only counts",
         where,
         " or ".join(map(repr, perhaps)),
-        *perhaps[:1] * 2,
+        perhaps[0],
+        perhaps[0],
     )
 
 

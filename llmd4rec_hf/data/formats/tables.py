@@ -74,7 +74,10 @@ class ParquetFormat(Format):
         files = self._files(path)
         names = ", ".join(file.name for file in files[:4])
         if len({re.split("[0-9]", file.name)[0] for file in files}) != 1:
-            raise DataError(f"{path}: the files ({names}) are not called like the parts of one table; name one")
+            raise DataError(
+                f"{path}: the files ({names}) are not called like the parts of one table; name one, or pass "
+                'datasets.load_dataset("parquet", data_files=..., split="train") for several'
+            )
         return files
 
     @staticmethod
