@@ -11,12 +11,14 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from ..errors import ConfigurationError, first_line
 from ..modes import evaluating
 from .dropout import use_cheap_masks
 from .llm_config import LLMRecommenderConfig
 from .recommender import hub_arguments
+from .weights import loading
 
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -249,14 +251,16 @@ def add_adapter(backbone: PreTrainedModel, peft_config):
         raise ConfigurationError(f"PEFT cannot adapt {type(backbone).__name__}: {error}") from error
 
 
-def load_adapter(backbone: PreTrainedModel, folder: str, is_trainable: bool):
-    """A saved adapter on the backbone that it was trained on."""
+def load_adapter(backbone: PreTrainedModel, source: str, is_trainable: bool, **hub_kwargs):
+    """The adapter in a folder or a Hub repository, on the backbone that it was trained on."""
     from peft import PeftModel
 
-    try:
-        adapted = PeftModel.from_pretrained(backbone, folder, is_trainable=is_trainable)
-    except (RuntimeError, ValueError) as error:
-        raise ConfigurationError(f"The adapter does not fit this {type(backbone).__name__}: {error}") from error
+    with loading(source):
+        weights = cached_file(source, ADAPTER_WEIGHTS_NAME, **hub_kwargs)
+        try:
+            adapted = PeftModel.from_pretrained(backbone, os.path.dirname(weights), is_trainable=is_trainable)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigurationError(f"The adapter does not fit this {type(backbone).__name__}: {error}") from error
     use_cheap_masks(adapted)
     return adapted
 

@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from ..errors import ConfigurationError
 from . import backbone as base
@@ -466,8 +465,7 @@ class LLMRecommender(RecommenderModel):
             )
         model = cls(config, base.ready_for_training(backbone))
         if adapter is not None:
-            folder = os.path.dirname(cached_file(source, base.ADAPTER_WEIGHTS_NAME, **hub_kwargs))
-            model.backbone = base.load_adapter(model.backbone, folder, is_trainable)
+            model.backbone = base.load_adapter(model.backbone, source, is_trainable, **hub_kwargs)
         model._load_own_weights(source, **hub_kwargs)
         model._load_vocabulary(source, **hub_kwargs)
         if find_file(source, "tokenizer_config.json", **hub_kwargs):

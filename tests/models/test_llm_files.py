@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -310,3 +311,7 @@ def test_torn_weights_are_named(make_llm, tmp_path, name):
         file.truncate(50)
     with pytest.raises(ConfigurationError, match="fit this model"):
         llm.load_weights(tmp_path)
+    for _ in range(2):  # and then those that are gone
+        with pytest.raises(ConfigurationError, match=re.escape(str(tmp_path))):
+            LLMRecommender.from_pretrained(tmp_path)
+        (tmp_path / name).unlink(missing_ok=True)
