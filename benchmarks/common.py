@@ -24,11 +24,14 @@ from transformers import set_seed
 
 from llmd4rec_hf import SASRecConfig, SASRecModel
 from llmd4rec_hf.distillation import loss
+from llmd4rec_hf.training.precision import bf16_slowdown
 
 
 RESULTS = Path(__file__).parent / "results"
 # Where what a benchmark measures takes place.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Of bf16's products over float32's, beyond which nobody would train in it.
+MAX_SLOWDOWN = 4
 # With this power (see `make_teacher`) a teacher of width 1024 keeps about as many dimensions as an LLM of that width
 # does that was trained on the demo: 135.
 TRAINED_POWER = 0.75
@@ -177,6 +180,14 @@ def matmul_rate(rows: int, inner: int, columns: int, dtype: torch.dtype) -> floa
     """Floating-point operations per second of one matrix product of this shape on this machine."""
     left, right = (torch.randn(count, inner, dtype=dtype, device=DEVICE) for count in (rows, columns))
     return 2 * rows * inner * columns / median_seconds(lambda: left @ right.T, 7)
+
+
+def bf16_is_too_slow() -> bool:
+    """Whether this processor takes so long for bf16's products that their times are left out; says so."""
+    slowdown = 0.0 if DEVICE.type == "cuda" else bf16_slowdown()
+    if slowdown > MAX_SLOWDOWN:
+        print(f"bf16 is left out: this processor takes {slowdown:.0f} times as long for its products.")
+    return slowdown > MAX_SLOWDOWN
 
 
 def beauty_like_rows(num_items: int, num_rows: int) -> Dataset:

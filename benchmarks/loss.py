@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from common import (
     DEVICE,
+    bf16_is_too_slow,
     by_torch_alone,
     in_own_process,
     interleaved_times,
@@ -26,7 +27,6 @@ from common import (
 )
 
 from llmd4rec_hf import distillation_loss, rank_weights
-from llmd4rec_hf.training.precision import bf16_slowdown
 
 
 TEMPERATURE, KL_WEIGHT, WIDTH, TEACHER_WIDTH = 2.0, 0.5, 64, 256
@@ -46,8 +46,6 @@ SIZES = {
         (1_000_000, 512, True, True, 5),
     ),
 }
-# Of bf16's products over float32's, beyond which nobody would train in it.
-MAX_SLOWDOWN = 4
 # A product whose operands stay in a processor's caches, or keep all of a GPU busy.
 RATE_SHAPE = (8192, WIDTH, 12_101) if ON_GPU else (256, WIDTH, 1024)
 
@@ -260,8 +258,7 @@ def main() -> None:
     if options.memory:
         print(json.dumps({"bytes": memory(options.memory, options.items, options.positions, options.teacher)}))
         return
-    if not ON_GPU and bf16_slowdown() > MAX_SLOWDOWN:
-        print(f"bf16 is left out: this processor takes {bf16_slowdown():.0f} times as long for its products.")
+    if bf16_is_too_slow():
         for name in [name for name in VARIANTS if name.endswith("bf16")]:
             del VARIANTS[name]
     results = []

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from common import (
     beauty_like_rows,
+    bf16_is_too_slow,
     by_torch_alone,
     in_own_process,
     interleaved_times,
@@ -157,9 +158,10 @@ def measure_times(sizes: list[Size], repeats: int) -> dict[Size, dict[str, float
 
 def time_model(repeats: int) -> dict:
     """The model of each dtype by processor time, with its relative errors."""
-    measured = measure_times(FITTED + HELD_OUT, repeats)
+    dtypes = DTYPES[:1] if bf16_is_too_slow() else DTYPES
+    measured = measure_times([size for size in FITTED + HELD_OUT if size.dtype in dtypes], repeats)
     result = {}
-    for dtype in DTYPES:
+    for dtype in dtypes:
         fitted, held_out = ([size for size in sizes if size.dtype == dtype] for sizes in (FITTED, HELD_OUT))
         coefficients = fit(fitted, [measured[size]["processor_seconds"] for size in fitted])
         result[dtype] = {
