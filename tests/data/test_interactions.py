@@ -197,7 +197,10 @@ class TestBadInput:
             ),
             (frame((1, 2, datetime.time(9, 30))), r"type time64\[us\] is no moment"),
             (frame((1, 2, True)), "type bool is no moment"),
-            (frame((1, 2, datetime.timedelta(3))), r"type duration\[us\] is no moment"),
+            (
+                frame((1, 2, 3)).astype({"timestamp": "timedelta64[us]"}),
+                r"type duration\[us\] is no moment",
+            ),
             (frame((1, 2, 19690101), (1, 3, 19700101)), "row 1 holds 19690101, which is no time"),
             (frame((1, 2, 20170131), (1, 3, 20170231), (1, 4, 20170301)), "row 2 holds 20170231, which is no date"),
             (frame((1, 2, 20170131235959), (1, 3, 20170131240000), (1, 4, 20170301000000)), "row 2 .* is no date"),
