@@ -93,9 +93,8 @@ def as_ids(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """What columns of dictionaries, UUIDs, bytes and decimals stand for; what is no id stays as it is."""
+    column = decoded(column)
     kind = column.type
-    if pa.types.is_dictionary(kind):
-        return _plain(column.cast(kind.value_type))
     if _are_uuids(kind):
         return pa.chunked_array([pa.array(as_texts(column.to_pylist()), pa.string())])
     try:
@@ -199,6 +198,11 @@ def _integer_codes(numbers: np.ndarray) -> tuple[np.ndarray, pa.Array]:
     place = np.empty(len(values), np.int32)
     place[order] = np.arange(len(values), dtype=np.int32)
     return place[codes], pa.array(values[order])
+
+
+def decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The values that a column of dictionaries stands for; another as it is."""
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
 def is_string(kind: pa.DataType) -> bool:

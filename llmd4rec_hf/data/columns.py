@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import ConfigurationError, DataError
-from .arrow import as_ids, first_true, is_string
+from .arrow import as_ids, decoded, first_true, is_string
 
 
 logger = logging.getLogger(__name__)
@@ -173,11 +173,10 @@ def day_and_clock(table: pa.Table, day: str, clock: str, where: str) -> pa.Chunk
 
 
 def _text(column: pa.ChunkedArray, *replaced: tuple[str, str]) -> pa.ChunkedArray:
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+    texts = decoded(column).cast(pa.string())
     for pattern, replacement in replaced:
-        column = pc.replace_substring_regex(column.cast(pa.string()), pattern, replacement)
-    return column
+        texts = pc.replace_substring_regex(texts, pattern, replacement)
+    return texts
 
 
 def is_known(name: str, ours: str) -> bool:
@@ -334,8 +333,7 @@ def ratings(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _numbers(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+    column = decoded(column)
     kind = column.type
     if pa.types.is_integer(kind):
         return column.cast(pa.int64())

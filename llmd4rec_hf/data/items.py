@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import ConfigurationError, DataError
-from .arrow import first_true, is_string, to_dataset
+from .arrow import decoded, first_true, is_string, to_dataset
 from .columns import KNOWN_NAMES, ids, resolve_columns
 from .sources import open_source
 
@@ -131,8 +131,7 @@ def clean_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+    column = decoded(column)
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         lists = column.combine_chunks()
         lists = pa.concat_arrays(lists.chunks) if isinstance(lists, pa.ChunkedArray) else lists

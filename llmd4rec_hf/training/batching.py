@@ -15,8 +15,8 @@ from ..data import RankingCollator, SequenceCollator
 from ..data.arrow import column_array
 from ..errors import ConfigurationError
 from ..models import RecommenderModel
+from ..modes import changed
 from .arguments import DistillationArguments, DistillationSettings
-from .checkpoints import changed
 from .sampler import LengthBucketSampler, LengthSortedSampler, PositionBudgetBatchSampler, SamplerEpoch
 
 
@@ -123,12 +123,8 @@ class HistoryTrainer(Trainer):
             **{name: value for name, value in options.items() if value is not None},
         )
         # All processes have as many batches already, and evening out is what `accelerate` wants one batch size for.
-        sharing, evens = self.accelerator.dataloader_config, self.accelerator.even_batches
-        sharing.even_batches = False
-        try:
+        with changed(self.accelerator.dataloader_config, even_batches=False):
             return self.accelerator.prepare(loader)
-        finally:
-            sharing.even_batches = evens
 
     def _budgeted_batches(self) -> PositionBudgetBatchSampler:
         budget = self.settings.max_positions_per_batch
@@ -219,14 +215,10 @@ class HistoryTrainer(Trainer):
         return self._with_history(super().get_test_dataloader, test_dataset)
 
     def _with_history(self, get_dataloader, dataset):
-        collator = self.data_collator
-        self.data_collator = RankingCollator(collator)
-        try:
-            # Rows are left out of a training's steps alone, not of what is ranked.
-            with changed(self.args, dataloader_drop_last=False):
-                return get_dataloader(dataset)
-        finally:
-            self.data_collator = collator
+        collator = RankingCollator(self.data_collator)
+        # Rows are left out of a training's steps alone, not of what is ranked.
+        with changed(self, data_collator=collator), changed(self.args, dataloader_drop_last=False):
+            return get_dataloader(dataset)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
         """As in `Trainer`; `predictions` and `label_ids` are in the order of the rows, whatever the batches were."""

@@ -7,11 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
@@ -22,19 +19,6 @@ from ..files import MANIFEST_NAME, find_damage, write_manifest
 logger = logging.get_logger(__name__)
 
 STATE_NAME = "trainer_state.json"
-
-
-@contextmanager
-def changed(args: TrainingArguments, **values) -> Iterator[None]:
-    """Arguments that have other values inside the `with` block."""
-    before = {name: getattr(args, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(args, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(args, name, value)
 
 
 def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:

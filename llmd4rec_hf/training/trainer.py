@@ -31,10 +31,11 @@ from ..evaluation import ranking_metrics, score_targets
 from ..files import write_manifest
 from ..models import RecommenderEnsemble, RecommenderModel
 from ..models.recommender import supervised
+from ..modes import changed
 from ..processes import on_every_process, on_main_process
 from .arguments import refuse_what_has_no_effect
 from .batching import HistoryTrainer, has_lengths
-from .checkpoints import changed, check_checkpoint, last_whole_checkpoint, rehome, rotate_checkpoints
+from .checkpoints import check_checkpoint, last_whole_checkpoint, rehome, rotate_checkpoints
 from .guard import StepGuard
 from .loss_chunks import LossChunks
 from .loss_sums import LOSS_SUMS_NAME, LossSums
@@ -85,7 +86,8 @@ class DistillationTrainer(HistoryTrainer):
     # The loss below is divided by all that is accumulated already; both names, because releases differ in the one
     # they read.
     loss_is_scaled_for_ga = True
-    _save_total_limit: int | None = None
+    # While a checkpoint is saved.
+    _limit_of_checkpoints: int | None = None
 
     def __init__(
         self,
@@ -395,8 +397,8 @@ class DistillationTrainer(HistoryTrainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """As in `Trainer`; a manifest is its last file, and older checkpoints stay until it is there."""
-        limit = self._save_total_limit = self.args.save_total_limit
-        with changed(self.args, save_total_limit=None):
+        limit = self.args.save_total_limit
+        with changed(self.args, save_total_limit=None), changed(self, _limit_of_checkpoints=limit):
             super()._save_checkpoint(model, trial)
         sums = self._loss_sums.over_processes(self.accelerator)
         self.accelerator.wait_for_everyone()
@@ -415,7 +417,7 @@ class DistillationTrainer(HistoryTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # `Trainer` pickles its arguments beside the weights, and pushes them: not with the token, and in a checkpoint
         # with the limit that it is saved without.
-        limit = self.args.save_total_limit or self._save_total_limit
+        limit = self.args.save_total_limit or self._limit_of_checkpoints
         with changed(self.args, hub_token=None, save_total_limit=limit):
             super()._save(output_dir, state_dict)
 

@@ -131,8 +131,10 @@ class DelimitedFormat(Format):
 
     def _quote(self, path: Path) -> str | bool:
         """The format's own or, where every name in the first line stands in quotes, as R writes them, such quotes."""
+        if self.quote:
+            return self.quote
         names = first_text_line(path).split(self.delimiter)
-        return self.quote or ('"' if all(re.fullmatch('".*"', name) for name in names) else False)
+        return '"' if all(re.fullmatch('".*"', name) for name in names) else False
 
     def _has_header(self, path: Path) -> bool:
         """Numbered columns have one if the first line holds no number in them and all further ones do in some."""
