@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import tempfile
@@ -48,6 +49,13 @@ class _DeprecationRecords(logging.Handler):
         message = record.getMessage()
         if "deprecat" in message:
             self.messages.append(message)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries_are_no_garbage():
+    """Every training collects garbage, which among all the libraries' objects takes longer than to train."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

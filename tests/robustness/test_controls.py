@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,8 @@ from tiny_runs import NUM_ITEMS, make_run
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Without what takes longer than the trainings: a picture, and garbage collected among all imported modules."""
+    """Without the picture, which takes longer than the trainings."""
     monkeypatch.setattr("llmd4rec_hf.mutual_distillation.write_report", lambda *_: None)
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def trained(folder: Path) -> dict[str, bytes]:
