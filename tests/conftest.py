@@ -24,20 +24,13 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
-from transformers import set_seed  # noqa: E402
+# Imports leave hardly any garbage, and would spend a fifth of their time looking for it.
+gc.disable()
 
-from llmd4rec_hf import (  # noqa: E402
-    CRMArguments,
-    ItemVocabulary,
-    LLMRecommender,
-    SASRecConfig,
-    SASRecModel,
-    load_interactions,
-    split_leave_one_out,
-)
-from llmd4rec_hf.models import build_tiny_llm  # noqa: E402
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    gc.enable()
 
 
 class _DeprecationRecords(logging.Handler):
@@ -78,13 +71,17 @@ def shared() -> Path:
     return path
 
 
-# A world small enough to train in: 12 items, 40 users, and models that learn it in a second.
+# A world small enough to train in: 12 items, 40 users, and models that learn it in a second. Libraries are imported
+# where they are needed: the process that hands out the tests to others reads this file too, while those wait for it.
 NUM_ITEMS = 12
 
 
 @pytest.fixture(scope="session")
-def small_log() -> pd.DataFrame:
-    """40 users who walk round a circle of items, with a wobble, from 4 to 9 steps."""
+def small_log():
+    """A table of 40 users who walk round a circle of items, with a wobble, from 4 to 9 steps."""
+    import numpy as np
+    import pandas as pd
+
     random = np.random.default_rng(7)
     rows = []
     for user in range(40):
@@ -96,19 +93,26 @@ def small_log() -> pd.DataFrame:
 
 
 @pytest.fixture(scope="session")
-def vocabulary(small_log) -> ItemVocabulary:
+def vocabulary(small_log):
+    from llmd4rec_hf import ItemVocabulary
+
     ids = sorted(small_log["item_id"].unique())
     return ItemVocabulary(ids, [f"title of thing {name}" for name in ids])
 
 
 @pytest.fixture(scope="session")
 def splits(small_log, vocabulary):
+    from llmd4rec_hf import load_interactions, split_leave_one_out
+
     return split_leave_one_out(load_interactions(small_log), vocabulary)
 
 
 @pytest.fixture
 def make_crm():
     """A SASRec without dropout, so that two trainings differ only where they should."""
+    from transformers import set_seed
+
+    from llmd4rec_hf import SASRecConfig, SASRecModel
 
     def make(seed: int = 0, **config) -> SASRecModel:
         set_seed(seed)
@@ -121,6 +125,10 @@ def make_crm():
 @pytest.fixture
 def make_llm(vocabulary):
     """A tiny LLM recommender over the same items, on vectors of width 8."""
+    from transformers import set_seed
+
+    from llmd4rec_hf import LLMRecommender
+    from llmd4rec_hf.models import build_tiny_llm
 
     def make(seed: int = 0, **settings) -> LLMRecommender:
         set_seed(seed)
@@ -135,6 +143,7 @@ def make_llm(vocabulary):
 @pytest.fixture
 def make_arguments(tmp_path):
     """Arguments of a short training that saves nothing, in a folder of the test's own."""
+    from llmd4rec_hf import CRMArguments
 
     def make(name: str = "run", kind=CRMArguments, **settings):
         defaults = {
@@ -147,3 +156,9 @@ def make_arguments(tmp_path):
         return kind(str(tmp_path / name), **{**defaults, **settings})
 
     return make
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Reports whose picture is drawn but not rendered, which takes as long as the trainings of a short run."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: Path(path).touch())
