@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from trained import weights
 
 from llmd4rec_hf import (
@@ -21,6 +22,10 @@ from llmd4rec_hf import (
 )
 from llmd4rec_hf.errors import ConfigurationError, RunStateError
 from llmd4rec_hf.run_state import Phase
+
+
+pytestmark = pytest.mark.usefixtures("unrendered")
+RENDER = Figure.savefig
 
 
 class Interrupted(Exception):
@@ -64,7 +69,9 @@ def whole(make_run, memory, tmp_path):
     """The results of a run that nothing interrupted, made once."""
     if "whole" not in memory:
         memory["folder"] = tmp_path / "whole"
-        memory["whole"] = make_run("whole").run()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Figure, "savefig", RENDER)  # this one as a user's
+            memory["whole"] = make_run("whole").run()
     return memory["whole"]
 
 

@@ -60,7 +60,7 @@ def test_a_log_and_a_catalogue_give_two_models_and_a_report(script, log_file, it
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (REPOSITORY / "examples" / "configs").glob("*.yaml")))
-def test_every_configuration_trains(config, script, log_file, items_file, tmp_path):
+def test_every_configuration_trains(config, script, log_file, items_file, tmp_path, unrendered):
     words = ["--config", str(REPOSITORY / "examples" / "configs" / config), "--output_dir", str(tmp_path / "run")]
     words += ["--dataset", str(log_file), "--items", str(items_file), *QUICK, "--hidden_size", "16", "--no-controls"]
     script.main(words)
@@ -68,7 +68,7 @@ def test_every_configuration_trains(config, script, log_file, items_file, tmp_pa
     assert {side: 0 <= final[side]["test"]["ndcg@10"] <= 1 for side in ("crm", "llm")} == {"crm": True, "llm": True}
 
 
-def test_a_crm_that_begins_with_titles_and_learns_from_both(script, log_file, items_file, tmp_path):
+def test_a_crm_that_begins_with_titles_and_learns_from_both(script, log_file, items_file, tmp_path, unrendered):
     words = ["--dataset", str(log_file), "--items", str(items_file), "--item_text", "--title_vectors", *QUICK]
     words += ["--crm_teachers", "both", "--hidden_size", "16", "--no-controls", "--output_dir", str(tmp_path / "run")]
     script.main(words)
@@ -236,7 +236,7 @@ def test_the_demo_has_its_own_settings(script):
     assert crm_args.early_stopping_patience is not None
 
 
-def test_a_real_language_model_learns_with_lora_on_real_data(script, shared, tmp_path):
+def test_a_real_language_model_learns_with_lora_on_real_data(script, shared, tmp_path, unrendered):
     folder = tmp_path / "run"
     words = ["--dataset", str(shared / "data" / "amazon18_giftcards"), "--llm", str(shared / "models" / "stories260k")]
     script.main([*words, "--item_text", "--output_dir", str(folder), *QUICK])

@@ -9,10 +9,7 @@ import pytest
 from tiny_runs import NUM_ITEMS, make_run
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Without the picture, which takes longer than the trainings."""
-    monkeypatch.setattr("llmd4rec_hf.mutual_distillation.write_report", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("unrendered")
 
 
 def trained(folder: Path) -> dict[str, bytes]:

@@ -21,6 +21,9 @@ from llmd4rec_hf.training import checkpoints, guard, loss_chunks, trainer
 from llmd4rec_hf.training.checkpoints import last_whole_checkpoint
 
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
+
 class Interrupted(Exception):
     """Stands for whatever ends a process."""
 

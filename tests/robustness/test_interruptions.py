@@ -77,7 +77,7 @@ def test_a_signal_stops_at_the_next_step_and_the_run_goes_on_from_there(uninterr
     assert results_of(folder) == uninterrupted
 
 
-def test_signals_have_their_old_handlers_back_after_a_run(tmp_path):
+def test_signals_have_their_old_handlers_back_after_a_run(tmp_path, unrendered):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     tiny_runs.make_run(tmp_path / "run", rounds=1).run()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
