@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import sys
@@ -146,4 +147,5 @@ def load(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # for the trainings to collect their own garbage alone
     {"push": push, "load": load}[sys.argv[1]](Path(sys.argv[2]))
