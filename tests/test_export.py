@@ -183,7 +183,7 @@ def test_a_model_of_ones_own_that_reads_one_item(tmp_path):
 
 
 def test_an_export_that_is_interrupted_leaves_nothing_that_is_served(tmp_path, monkeypatch):
-    export_model(sasrec(), tmp_path, k=3)
+    export_model(sasrec(), tmp_path, "torch", k=3)
     monkeypatch.setattr(ItemVocabulary, "save_pretrained", None)
     with pytest.raises(TypeError):
         export_model(sasrec(), tmp_path, k=3)
