@@ -10,7 +10,8 @@ from .gru4rec import GRU4RecConfig, GRU4RecModel
 from .llm_config import LLMRecommenderConfig
 from .llm_recommender import LLMRecommender
 from .recbole import RecBoleSASRecConfig, RecBoleSASRecModel
-from .recommender import Recommendations, RecommenderModel, RecommenderOutput
+from .recommendations import Recommendations
+from .recommender import RecommenderModel, RecommenderOutput
 from .sasrec import SASRecConfig, SASRecModel
 from .tiny_llm import build_tiny_llm
 

@@ -14,13 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigurationError
+from . import adapters
 from . import backbone as base
 from .dropout import Dropout, use_cheap_masks
 from .item_text import average_of_alike, encode_more_texts, encode_texts, principal_item_vectors
 from .llm_config import LLMRecommenderConfig
 from .prompt import DEFAULT_PROMPT, split_prompt
-from .recommender import RecommenderModel, check_length, hub_arguments, sequence_lengths
-from .weights import find_file, loading, split_state, stored_weights
+from .recommender import RecommenderModel, check_length, sequence_lengths
+from .weights import find_file, hub_arguments, loading, split_state, stored_weights
 
 
 BACKBONE_PREFIX = "backbone."
@@ -169,7 +170,7 @@ class LLMRecommender(RecommenderModel):
             model.item_text_features[1:] = encode_texts(backbone, tokenizer, item_texts, item_text_cache)
         if peft_config is not None:
             # After the constructor, never before it: `post_init` would draw the adapter's weights anew.
-            model.backbone = base.add_adapter(backbone, peft_config)
+            model.backbone = adapters.add_adapter(backbone, peft_config)
         return model
 
     @property
@@ -178,7 +179,7 @@ class LLMRecommender(RecommenderModel):
         return hasattr(self.backbone, "peft_config")
 
     def added_settings(self) -> dict:
-        return base.added_settings(self.backbone)
+        return adapters.added_settings(self.backbone)
 
     @property
     def tells_items_apart(self) -> bool:
@@ -295,7 +296,7 @@ class LLMRecommender(RecommenderModel):
         """
         if self.has_adapter:
             # Trained as a whole from here on, as one that never had an adapter.
-            self.backbone = base.merge_adapter(self.backbone).requires_grad_(True)
+            self.backbone = adapters.merge_adapter(self.backbone).requires_grad_(True)
         return self
 
     # --- computation ---------------------------------------------------------------------------------------------
@@ -377,10 +378,10 @@ class LLMRecommender(RecommenderModel):
         if self.has_adapter:
             state_dict, adapter = split_state(state_dict, BACKBONE_PREFIX)
             if is_main_process:
-                base.save_adapter(self.backbone, adapter, save_directory)
+                adapters.save_adapter(self.backbone, adapter, save_directory)
         elif is_main_process:
             # Of this model before its adapter was merged: they would be taken for its own.
-            for name in (base.ADAPTER_CONFIG_NAME, base.ADAPTER_WEIGHTS_NAME):
+            for name in (adapters.ADAPTER_CONFIG_NAME, adapters.ADAPTER_WEIGHTS_NAME):
                 Path(save_directory, name).unlink(missing_ok=True)
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
 
@@ -395,7 +396,7 @@ class LLMRecommender(RecommenderModel):
         if not self.has_adapter:
             return state_dict
         own, backbone = split_state(state_dict, BACKBONE_PREFIX)
-        adapter = base.adapter_state(self.backbone, backbone)
+        adapter = adapters.adapter_state(self.backbone, backbone)
         return own | {BACKBONE_PREFIX + name: value for name, value in adapter.items()}
 
     @classmethod
@@ -445,7 +446,7 @@ class LLMRecommender(RecommenderModel):
                 config = cls.config_class.from_pretrained(source, **hub_kwargs, **settings)
         if not config.backbone_config:
             raise ConfigurationError(f"{source} holds no LLM recommender: RecommenderModel loads any kind.")
-        adapter = find_file(source, base.ADAPTER_CONFIG_NAME, **hub_kwargs)
+        adapter = find_file(source, adapters.ADAPTER_CONFIG_NAME, **hub_kwargs)
         if adapter is None and quantization_config is not None:
             raise ConfigurationError(
                 f"{source} was saved with its whole backbone, without an adapter: it cannot be loaded in fewer bits."
@@ -465,7 +466,7 @@ class LLMRecommender(RecommenderModel):
             )
         model = cls(config, base.ready_for_training(backbone))
         if adapter is not None:
-            model.backbone = base.load_adapter(model.backbone, source, is_trainable, **hub_kwargs)
+            model.backbone = adapters.load_adapter(model.backbone, source, is_trainable, **hub_kwargs)
         model._load_own_weights(source, **hub_kwargs)
         model._load_vocabulary(source, **hub_kwargs)
         if find_file(source, "tokenizer_config.json", **hub_kwargs):
@@ -474,7 +475,7 @@ class LLMRecommender(RecommenderModel):
 
     def load_weights(self, directory: str | os.PathLike) -> None:
         if self.has_adapter:
-            base.load_adapter_weights(self.backbone, directory)
+            adapters.load_adapter_weights(self.backbone, directory)
         self._load_own_weights(directory)
 
     def _load_own_weights(self, source: str | os.PathLike, **hub_kwargs) -> None:

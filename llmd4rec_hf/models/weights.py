@@ -31,6 +31,12 @@ def loading(source: str | os.PathLike, remedy: str = "") -> Iterator[None]:
         raise ConfigurationError(f"Cannot load a recommender from {str(source)!r}: {reason}") from error
 
 
+def hub_arguments(kwargs: dict) -> dict:
+    """Those of `from_pretrained`'s arguments that say where files come from."""
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
 def find_file(source: str | os.PathLike, name: str, **hub_kwargs) -> str | None:
     """The path of a file that a folder or a Hub repository may hold; `None` if it does not."""
     return cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)

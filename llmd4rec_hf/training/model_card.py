@@ -20,7 +20,7 @@ from .. import models
 from ..data import ItemVocabulary
 from ..evaluation.report import cell, markdown_table
 from ..evaluation.results import CONTROL_SUFFIX, number, protocol_entry, protocol_line, ranking_line
-from ..models.backbone import ADAPTER_CONFIG_NAME
+from ..models.adapters import ADAPTER_CONFIG_NAME
 from .batching import HistoryTrainer, batches_per_step
 
 

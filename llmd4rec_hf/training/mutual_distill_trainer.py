@@ -8,7 +8,7 @@ from transformers.utils import logging
 from ..distillation import ListedTeacherCache, TeacherCache
 from ..errors import ConfigurationError
 from ..models import LLMRecommender
-from ..models.backbone import check_single_adapter
+from ..models.adapters import check_single_adapter
 from .arguments import MutualDistillArguments, MutualDistillSettings
 from .trainer import DistillationTrainer
 
