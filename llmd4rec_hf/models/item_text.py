@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..distillation.low_rank import reduce_teacher
 from ..files import whole_file
-from ..modes import evaluating
+from ..modes import changed, evaluating
 from .weights import hash_tensors
 
 
@@ -142,20 +142,14 @@ def _mean_states(backbone: PreTrainedModel, tokens: list[list[int]]) -> torch.Te
 @contextmanager
 def _as_reader(backbone: PreTrainedModel) -> Iterator[None]:
     """The backbone as it reads text best: an encoder that was made causal for the histories reads both ways."""
-    was_decoder = getattr(backbone.config, "is_decoder", False)
-    causal = [module for module in backbone.modules() if was_decoder and getattr(module, "is_causal", False)]
-    try:
-        if was_decoder:
-            backbone.config.is_decoder = False
-        for module in causal:
-            module.is_causal = False
-        with evaluating(backbone):
-            yield
-    finally:
-        if was_decoder:
-            backbone.config.is_decoder = True
-        for module in causal:
-            module.is_causal = True
+    with ExitStack() as stack:
+        if getattr(backbone.config, "is_decoder", False):
+            stack.enter_context(changed(backbone.config, is_decoder=False))
+            for module in backbone.modules():
+                if getattr(module, "is_causal", False):
+                    stack.enter_context(changed(module, is_causal=False))
+        stack.enter_context(evaluating(backbone))
+        yield
 
 
 @torch.no_grad()

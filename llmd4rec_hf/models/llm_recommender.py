@@ -208,7 +208,7 @@ class LLMRecommender(RecommenderModel):
                 f"{tuple(self.item_vectors.shape)}: build it with item_dim={vectors.shape[1]} over the same items."
             )
         vectors = vectors.detach().to(self.item_vectors)
-        self.item_vectors.copy_(vectors / _root_mean_square(vectors[1:]).clamp_min(1e-12))
+        self.item_vectors.copy_(vectors / vectors[1:].float().square().mean().sqrt().clamp_min(1e-12))
         self.item_vectors[0] = 0
 
     def title_vectors(self, width: int | None = None) -> torch.Tensor:
@@ -492,7 +492,3 @@ class LLMRecommender(RecommenderModel):
                 f"The weights in {source} do not fit this model: missing {missing[:3]}, unexpected "
                 f"{outcome.unexpected_keys[:3]}."
             )
-
-
-def _root_mean_square(values: torch.Tensor) -> torch.Tensor:
-    return values.float().square().mean().sqrt()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedConfig
 from ..data import ItemVocabulary
 from ..errors import ConfigurationError, DataError
 from .recommender import RecommenderModel, check_length
+from .weights import init_recommender_weights
 
 
 ACTIVATIONS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu}
@@ -103,16 +105,11 @@ class RecBoleSASRecModel(RecommenderModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
+        draw = partial(nn.init.normal_, std=0.02)
+        init_recommender_weights(module, draw)
         if isinstance(module, nn.MultiheadAttention):
-            nn.init.normal_(module.in_proj_weight, std=0.02)
+            draw(module.in_proj_weight)
             nn.init.zeros_(module.in_proj_bias)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            with torch.no_grad():
-                module.weight[module.padding_idx].zero_()
 
     def item_matrix(self) -> torch.Tensor:
         return self.item_embedding.weight

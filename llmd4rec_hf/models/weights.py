@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,14 +77,13 @@ def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def init_recommender_weights(module: nn.Module) -> None:
-    """Xavier initialisation of embeddings and linear maps; the padding row is zero."""
-    if isinstance(module, nn.Embedding):
-        nn.init.xavier_normal_(module.weight)
-        if module.padding_idx is not None:
-            with torch.no_grad():
-                module.weight[module.padding_idx].zero_()
-    elif isinstance(module, nn.Linear):
-        nn.init.xavier_normal_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def init_recommender_weights(module: nn.Module, draw: Callable | None = None) -> None:
+    """Initialise embeddings and linear maps, by Xavier's rule unless `draw` is given; padding and biases are zero."""
+    if isinstance(module, (nn.Embedding, nn.Linear)):
+        # Looked up at each call: while transformers loads a model, it has functions of its own in this place.
+        (draw or nn.init.xavier_normal_)(module.weight)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        with torch.no_grad():
+            module.weight[module.padding_idx].zero_()
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
