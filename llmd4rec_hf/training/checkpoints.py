@@ -35,11 +35,31 @@ def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
     return None
 
 
-def check_checkpoint(checkpoint: str | os.PathLike) -> None:
+def checkpoint_to_resume(asked: str | os.PathLike | bool | None, folder: str | os.PathLike) -> str | None:
     """
+    The checkpoint that a training goes on from, ready for it; `None` for one that begins anew.
+
+    Args:
+        asked (`str`, `os.PathLike` or `bool`, *optional*): what `Trainer.train` takes as `resume_from_checkpoint`:
+            `True` is the last one that is whole.
+        folder (`str` or `os.PathLike`): where the training's own are.
+
     Raises:
         ConfigurationError: no such checkpoint, or a torn one. One of another `Trainer` cannot be told to be torn.
     """
+    if not asked:
+        return None
+    checkpoint = last_whole_checkpoint(folder) if asked is True else _checked(asked)
+    if checkpoint is None:
+        raise ConfigurationError(
+            f"There is no whole checkpoint in {folder} to resume from. One that another Trainer has written does not "
+            "say whether it is whole: give its path."
+        )
+    rehome(checkpoint)
+    return checkpoint
+
+
+def _checked(checkpoint: str | os.PathLike) -> str:
     if not Path(checkpoint).is_dir():
         raise ConfigurationError(f"There is no checkpoint {checkpoint} to resume from.")
     if Path(checkpoint, MANIFEST_NAME).is_file() and (damage := find_damage(Path(checkpoint))):
@@ -47,6 +67,7 @@ def check_checkpoint(checkpoint: str | os.PathLike) -> None:
             f"{damage}. resume_from_checkpoint=True takes the last checkpoint that is whole; to go on from this "
             f"one as it is, delete its {MANIFEST_NAME}."
         )
+    return str(checkpoint)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack
+
 from torch import nn
 
 from ..distillation import ListedTeacherCache
 from ..errors import ConfigurationError
+from ..modes import changed
 from .arguments import CRMArguments, CRMSettings
 from .trainer import DistillationTrainer
 
@@ -28,8 +32,6 @@ class CRMTrainer(DistillationTrainer):
 
     arguments_class = CRMArguments
     settings_class = CRMSettings
-    # Of the student in training, while `dropout_with_teacher` is in its place.
-    _own_dropout: dict[tuple[nn.Module, str], float] = {}
 
     def _check_teacher(self, teacher) -> None:
         super()._check_teacher(teacher)
@@ -38,19 +40,15 @@ class CRMTrainer(DistillationTrainer):
 
     def train(self, *args, **kwargs):
         """As in [`DistillationTrainer`]; `dropout_with_teacher` lasts as long as the training."""
-        try:
+        with ExitStack() as self._until_trained:
             return super().train(*args, **kwargs)
-        finally:
-            for (layer, name), rate in self._own_dropout.items():
-                setattr(layer, name, rate)
-            self._own_dropout = {}
 
     def _prepare_student(self, model) -> None:
         super()._prepare_student(model)
         if self.settings.dropout_with_teacher is not None and self._teacher_cache is not None:
-            self._own_dropout = _dropout_rates(model)
-            for layer, name in self._own_dropout:
-                setattr(layer, name, self.settings.dropout_with_teacher)
+            for layer, name in _dropouts(model):
+                other_rate = changed(layer, **{name: self.settings.dropout_with_teacher})
+                self._until_trained.enter_context(other_rate)
 
     def _take_item_vectors(self, model, teacher) -> None:
         if self.settings.init_item_vectors:
@@ -61,17 +59,15 @@ class CRMTrainer(DistillationTrainer):
         return self.settings.teacher_max_error
 
 
-def _dropout_rates(model: nn.Module) -> dict[tuple[nn.Module, str], float]:
+def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """
-    The rate of every dropout that a model has, by its layer and attribute: `p` of dropout layers, and `dropout` of
-    layers that apply it themselves, as torch's attention and recurrent ones do.
+    Where a model has the rate of a dropout, as layer and attribute: `p` of dropout layers, and `dropout` of layers
+    that apply it themselves, as torch's attention and recurrent ones do.
     """
-    rates = {}
     for layer in model.modules():
         name = "p" if isinstance(layer, nn.Dropout) else "dropout"
         rate = getattr(layer, name, None)
         # Between recurrent layers there is none unless the model asks for it: its outputs have another.
         unused = isinstance(layer, nn.RNNBase) and rate == 0
         if isinstance(rate, (int, float)) and not isinstance(rate, bool) and not unused:
-            rates[layer, name] = rate
-    return rates
+            yield layer, name

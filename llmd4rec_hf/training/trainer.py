@@ -35,7 +35,7 @@ from ..modes import changed
 from ..processes import on_every_process, on_main_process
 from .arguments import refuse_what_has_no_effect
 from .batching import HistoryTrainer, has_lengths
-from .checkpoints import check_checkpoint, last_whole_checkpoint, rehome, rotate_checkpoints
+from .checkpoints import checkpoint_to_resume, rotate_checkpoints
 from .guard import StepGuard
 from .loss_chunks import LossChunks
 from .loss_sums import LOSS_SUMS_NAME, LossSums
@@ -158,40 +158,16 @@ class DistillationTrainer(HistoryTrainer):
         """
         if self.model is None:  # between the trials of a hyperparameter search, whose models `Trainer` drops
             self.model = self.call_model_init(trial)
-        if isinstance(self.model, RecommenderEnsemble):
-            raise ConfigurationError("An ensemble is not trained: train its members, or a student that it teaches.")
-        self.model.check_vocabulary()
-        if self.settings.max_positions_per_batch is not None and self.model_init is None:
-            # For its errors, which should not come after a teacher has been cached.
-            self._budgeted_batches()
-        waits = self.settings.early_stopping_patience is not None
-        if waits and (self.args.metric_for_best_model is None or self.args.eval_strategy == "no"):
-            raise ConfigurationError(
-                "early_stopping_patience waits for a better metric_for_best_model: set that, e.g. to 'ndcg@10', "
-                "with eval_strategy and save_strategy 'epoch', and load_best_model_at_end."
-            )
-        if self._embedding_by_rows is not None:
-            given = self.optimizer_cls_and_kwargs[0] if self.optimizer_cls_and_kwargs else type(self.optimizer)
-            check_sparse_gradients(self.args, self.is_fsdp_enabled or self.is_deepspeed_enabled, given)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = on_main_process(lambda: last_whole_checkpoint(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise ConfigurationError(
-                    f"There is no whole checkpoint in {self.args.output_dir} to resume from. One that another Trainer "
-                    "has written does not say whether it is whole: give its path."
-                )
-        elif resume_from_checkpoint:
-            on_main_process(lambda: check_checkpoint(resume_from_checkpoint))
-        self._check_training_set()
+        self._check_before_training()
+        checkpoint = on_main_process(lambda: checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir))
         self._warn_of_slow_numbers()
         self._prepare_teacher()
         self._prepare_student(self.model)
         self._loss_sums = LossSums(self.args.device)
-        if resume_from_checkpoint:
-            on_main_process(lambda: rehome(resume_from_checkpoint))
-            self._loss_sums.resume(resume_from_checkpoint, self.is_world_process_zero())
+        if checkpoint is not None:
+            self._loss_sums.resume(checkpoint, self.is_world_process_zero())
         try:
-            return super().train(resume_from_checkpoint, trial, *args, **kwargs)
+            return super().train(checkpoint, trial, *args, **kwargs)
         finally:
             if self._embedding_by_rows is not None:
                 self._embedding_by_rows.sparse = False
@@ -202,7 +178,22 @@ class DistillationTrainer(HistoryTrainer):
         self.guard.watch(loss)
         return loss
 
-    def _check_training_set(self) -> None:
+    def _check_before_training(self) -> None:
+        """Refuse what a training would end by, or pass over, after a teacher has been cached."""
+        if isinstance(self.model, RecommenderEnsemble):
+            raise ConfigurationError("An ensemble is not trained: train its members, or a student that it teaches.")
+        self.model.check_vocabulary()
+        if self.settings.max_positions_per_batch is not None and self.model_init is None:
+            self._budgeted_batches()  # for its errors
+        waits = self.settings.early_stopping_patience is not None
+        if waits and (self.args.metric_for_best_model is None or self.args.eval_strategy == "no"):
+            raise ConfigurationError(
+                "early_stopping_patience waits for a better metric_for_best_model: set that, e.g. to 'ndcg@10', "
+                "with eval_strategy and save_strategy 'epoch', and load_best_model_at_end."
+            )
+        if self._embedding_by_rows is not None:
+            given = self.optimizer_cls_and_kwargs[0] if self.optimizer_cls_and_kwargs else type(self.optimizer)
+            check_sparse_gradients(self.args, self.is_fsdp_enabled or self.is_deepspeed_enabled, given)
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
             raise ConfigurationError("The training set is empty: there is nothing to learn from.")
         self._check_items(self.train_dataset, "training")
@@ -353,17 +344,16 @@ class DistillationTrainer(HistoryTrainer):
 
     def create_optimizer(self, *model) -> torch.optim.Optimizer:  # releases differ in whether they are given one
         """As in `Trainer`; with `num_sampled_items` one that updates the item matrix by rows, [`RowAdamW`]."""
-        given = self.optimizer_cls_and_kwargs
+        kind = self.optimizer_cls_and_kwargs
         if self._embedding_by_rows is not None:
             self._embedding_by_rows.sparse = True
-            if given is None:
+            if kind is None:
                 _, settings = self.get_optimizer_cls_and_kwargs(self.args, *model)
                 settings.pop("fused", None)
-                self.optimizer_cls_and_kwargs = RowAdamW, settings
-        try:
+                kind = RowAdamW, settings
+        # Not for good: the next training may be one at another learning rate.
+        with changed(self, optimizer_cls_and_kwargs=kind):
             return super().create_optimizer(*model)
-        finally:
-            self.optimizer_cls_and_kwargs = given  # the next training may be one at another learning rate
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `Trainer`; with `num_sampled_items` clipping, which knows dense gradients alone, is given those."""
