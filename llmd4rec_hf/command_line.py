@@ -33,18 +33,16 @@ def column_pair(text: str) -> tuple[str, str]:
     return ours, theirs
 
 
-def whole_number(text: str) -> int:
+def whole_number(text: str, least: int = 0) -> int:
     """A number of things, 0 among them."""
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {least} or more")
     return int(text)
 
 
 def positive_number(text: str) -> int:
     """A number of things, one at least."""
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
-    return int(text)
+    return whole_number(text, least=1)
 
 
 def cut_off_list(text: str) -> tuple[int, ...]:

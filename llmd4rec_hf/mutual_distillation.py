@@ -97,20 +97,14 @@ class MutualDistillationConfig:
     def __post_init__(self):
         if self.rounds < 1:
             raise ConfigurationError(f"rounds must be at least 1, got {self.rounds}.")
-        if self.refresh not in REFRESH_MODES:
-            raise ConfigurationError(f"refresh must be one of {', '.join(REFRESH_MODES)}, got {self.refresh!r}.")
-        if self.fresh_students not in FRESH_STUDENTS:
-            raise ConfigurationError(
-                f"fresh_students must be one of {', '.join(FRESH_STUDENTS)}, got {self.fresh_students!r}."
-            )
+        choices = {"refresh": REFRESH_MODES, "fresh_students": FRESH_STUDENTS, "crm_teachers": CRM_TEACHERS}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise ConfigurationError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
         if self.refresh == "off" and "llm" in self.fresh_sides:
             raise ConfigurationError(
                 "With refresh 'off' the LLM gets item vectors in the first round alone, and one that begins every "
                 "round anew would have none: set fresh_students to 'none' or 'crm', or refresh to 'copy'."
-            )
-        if self.crm_teachers not in CRM_TEACHERS:
-            raise ConfigurationError(
-                f"crm_teachers must be one of {', '.join(CRM_TEACHERS)}, got {self.crm_teachers!r}."
             )
 
     @property
@@ -218,7 +212,7 @@ class MutualDistillation:
         trainer.guard.title = phase.title
         trainer.train(resume_from_checkpoint=on_main_process(lambda: last_whole_checkpoint(folder)))
         history = [entry[f"eval_{METRIC}"] for entry in trainer.state.log_history if f"eval_{METRIC}" in entry]
-        metrics = _strip(trainer.evaluate(), "eval_")
+        metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items() if "@" in name}
         self._save_model(phase.side, self._model_folder(phase), trainer)
         record = {"validation": metrics, "seconds": time.monotonic() - started, "epochs": trainer.state.epoch}
         record["late_gain"] = late_gain(history)
@@ -416,11 +410,6 @@ def _keep_only(folder: Path, name: str) -> None:
     for path in folder.iterdir():
         if path.name != name:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _strip(metrics: dict, prefix: str) -> dict:
-    """The ranking metrics of a Trainer's `evaluate`, without its prefix and its timings."""
-    return {name.removeprefix(prefix): value for name, value in metrics.items() if "@" in name}
 
 
 def _last_logged(log_history: list[dict], names: tuple[str, ...]) -> dict | None:

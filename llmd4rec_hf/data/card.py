@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .arrow import to_table
+from .arrow import column_array, to_table
 from .floors import DECAY, NEIGHBOURS, WINDOW, floors, row_items
 from .interactions import describe_interactions, log_table, sort_log
 from .vocabulary import ItemVocabulary
@@ -124,8 +124,7 @@ def _catalogue(vocabulary: ItemVocabulary) -> dict[str, int | None]:
 
 
 def _size(rows: datasets.Dataset) -> dict[str, int]:
-    lengths = to_table(rows.select_columns(["length"]))["length"]
-    return {"rows": len(rows), "interactions": pc.sum(lengths).as_py() or 0}
+    return {"rows": len(rows), "interactions": int(column_array(rows, "length").sum())}
 
 
 def _targets(sequences: datasets.DatasetDict, num_items: int) -> dict[str, int]:

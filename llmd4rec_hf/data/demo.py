@@ -44,30 +44,12 @@ SHOP = {
 }
 BRANDS = [
     *["Nordvale", "Fernhill", "Okapi & Co", "Tallow", "Brightwell", "Kestrel", "Amberly", "Quillon", "Moss & Pine"],
-    *[
-        "Harrowgate",
-        "Lumen",
-        "Sable",
-        "Wrenfield",
-        "Pavo",
-        "Juniper Lane",
-        "Calder",
-        "Ostra",
-        "Bellamy",
-        "Tern",
-        "Vireo",
-    ],
+    *["Harrowgate", "Lumen", "Sable", "Wrenfield", "Pavo", "Juniper Lane", "Calder", "Ostra", "Bellamy", "Tern"],
+    "Vireo",
 ]
 STYLES = [
-    "waterproof",
-    "lightweight",
-    "recycled",
-    "vintage",
-    "compact",
-    "premium",
-    "handmade",
-    "children's",
-    "classic",
+    *["waterproof", "lightweight", "recycled", "vintage", "compact"],
+    *["premium", "handmade", "children's", "classic"],
 ]
 COLOURS = ["black", "brown", "forest green", "navy", "cream", "red", "mustard", "grey"]
 

@@ -24,7 +24,7 @@ MOST_FITTED, MOST_RANKED, MOST_WORK = 2_000_000, 50_000, 100_000_000
 CHUNK_ENTRIES = 1 << 21
 
 
-def floors(train: datasets.Dataset, test: datasets.Dataset, num_items: int, seed: int = 0) -> dict[str, Any]:
+def floors(train: datasets.Dataset, test: datasets.Dataset, num_items: int) -> dict[str, Any]:
     """
     HR@10 and NDCG@10 of popularity and of an item-based k-nearest-neighbour rule.
 
@@ -41,14 +41,12 @@ def floors(train: datasets.Dataset, test: datasets.Dataset, num_items: int, seed
             The split to rank: the last item of each row is the target.
         num_items (`int`):
             Size of the catalogue.
-        seed (`int`, *optional*, defaults to 0):
-            Draws the users where there are too many of them to look at each.
 
     Returns:
         `dict`: `popularity` and `item_knn`, each with `hr@10` and `ndcg@10`, and `fitted_interactions`,
         `ranked_targets`.
     """
-    ranks, fitted_interactions = floor_ranks(train, test, num_items, seed)
+    ranks, fitted_interactions = floor_ranks(train, test, num_items)
     found = {}
     for name, values in ranks.items():
         metrics = ranking_metrics(values, ks=(10,))
@@ -56,9 +54,7 @@ def floors(train: datasets.Dataset, test: datasets.Dataset, num_items: int, seed
     return {**found, "fitted_interactions": fitted_interactions, "ranked_targets": len(ranks["popularity"])}
 
 
-def floor_ranks(
-    train: datasets.Dataset, test: datasets.Dataset, num_items: int, seed: int = 0
-) -> tuple[dict[str, np.ndarray], int]:
+def floor_ranks(train: datasets.Dataset, test: datasets.Dataset, num_items: int) -> tuple[dict[str, np.ndarray], int]:
     """
     The ranks that [`floors`] counts, which says what they are of.
 
@@ -66,7 +62,7 @@ def floor_ranks(
         `tuple`: `popularity` and `item_knn`, each of shape `(targets,)` in the order of the rows, 1 is best; and how
         many interactions the neighbours were found in.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)  # draws users where there are too many to look at each
     values, lengths = row_items(train)
     popularity = np.bincount(values, minlength=num_items + 1).astype(np.float32)
     values, lengths = _sample(values, lengths, MOST_FITTED, rng)
@@ -90,8 +86,13 @@ def _sample(values: np.ndarray, lengths: np.ndarray, most: int, rng: np.random.G
     if len(values) <= most:
         return values, lengths
     order = rng.permutation(len(lengths))
+    return _chosen(values, lengths, order[: np.searchsorted(np.cumsum(lengths[order]), most)])
+
+
+def _chosen(values: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Some rows' items and lengths, in the order of the data."""
     chosen = np.zeros(len(lengths), bool)
-    chosen[order[: np.searchsorted(np.cumsum(lengths[order]), most)]] = True
+    chosen[rows] = True
     return values[np.repeat(chosen, lengths)], lengths[chosen]
 
 
@@ -138,9 +139,7 @@ def _affordable(
     """Random rows, as many as `MOST_RANKED` and `MOST_WORK` allow."""
     order = rng.permutation(len(lengths))
     count = np.searchsorted(np.cumsum(_work(values, lengths, starts)[order]), MOST_WORK)
-    chosen = np.zeros(len(lengths), bool)
-    chosen[order[: max(1, min(count, MOST_RANKED))]] = True
-    return values[np.repeat(chosen, lengths)], lengths[chosen]
+    return _chosen(values, lengths, order[: max(1, min(count, MOST_RANKED))])
 
 
 def _sum_equal(keys: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ Everything works on a hidden state per row and an item matrix, so it never cares
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -16,8 +16,7 @@ from ..errors import ConfigurationError, DataError
 
 
 Ties = Literal["pessimistic", "optimistic", "mean"]
-
-TIES: tuple[str, ...] = ("pessimistic", "optimistic", "mean")
+TIES: tuple[str, ...] = get_args(Ties)
 
 # Scores of one chunk stay near the cache: on CPU, 2 to 16 MB are equally fast and 32 MB takes twice as long.
 _CHUNK_BYTES = 8 * 2**20

@@ -24,6 +24,7 @@ from .base import Format, decoded, head, open_binary, text_head, text_lines, tex
 
 # Some catalogues have lines of a hundred kilobytes; the fields of the first records are taken from this much.
 RECORD_HEAD_BYTES = 1 << 20
+SAMPLED_RECORDS = 500
 BLOCK_BYTES = 1 << 24
 
 # A string, or one of the words that JSON spells otherwise. Strings are matched whole, so words inside them are safe.
@@ -186,11 +187,11 @@ def _record(line: str) -> dict[str, Any] | None:
     return None
 
 
-def _sample_records(path: Path, count: int = 500) -> list[dict[str, Any]]:
+def _sample_records(path: Path) -> list[dict[str, Any]]:
     """The first records and, of the last ones, the fields that none of the first has: a field may come late."""
-    first = _records(text_lines(text_head(path, RECORD_HEAD_BYTES))[:count])
+    first = _records(text_lines(text_head(path, RECORD_HEAD_BYTES))[:SAMPLED_RECORDS])
     names = set(chain.from_iterable(first))
-    last = _records(text_lines(text_tail(path, RECORD_HEAD_BYTES))[-count:])
+    last = _records(text_lines(text_tail(path, RECORD_HEAD_BYTES))[-SAMPLED_RECORDS:])
     return first + [{name: value for name, value in record.items() if name not in names} for record in last]
 
 
