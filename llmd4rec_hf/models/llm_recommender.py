@@ -9,7 +9,6 @@ from inspect import signature
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,7 +20,7 @@ from .item_text import average_of_alike, encode_more_texts, encode_texts, princi
 from .llm_config import LLMRecommenderConfig
 from .prompt import DEFAULT_PROMPT, split_prompt
 from .recommender import RecommenderModel, check_length, sequence_lengths
-from .weights import find_file, hub_arguments, loading, split_state, stored_weights
+from .weights import find_file, hub_arguments, load_stored_weights, loading, split_state
 
 
 BACKBONE_PREFIX = "backbone."
@@ -479,16 +478,5 @@ class LLMRecommender(RecommenderModel):
         self._load_own_weights(directory)
 
     def _load_own_weights(self, source: str | os.PathLike, **hub_kwargs) -> None:
-        """Load all but the adapter; nothing of it may be missing or left over."""
-        try:
-            outcome = self.load_state_dict(stored_weights(source, **hub_kwargs), strict=False)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise ConfigurationError(f"The weights in {source} do not fit this model: {error}") from error
-        missing = [
-            name for name in outcome.missing_keys if not (self.has_adapter and name.startswith(BACKBONE_PREFIX))
-        ]
-        if missing or outcome.unexpected_keys:
-            raise ConfigurationError(
-                f"The weights in {source} do not fit this model: missing {missing[:3]}, unexpected "
-                f"{outcome.unexpected_keys[:3]}."
-            )
+        """Load all but the adapter and what lies under it."""
+        load_stored_weights(self, source, BACKBONE_PREFIX if self.has_adapter else (), **hub_kwargs)

@@ -132,11 +132,9 @@ class RecommendationMixin:
 
     def _encode_histories(self, histories: list[list], on_unknown: str) -> list[np.ndarray]:
         # All at once, because the vocabulary's index is built anew for every call.
-        items = [item for history in histories for item in history]
-        flat = self._encode(items, on_unknown)
+        flat = self._encode([item for history in histories for item in history], on_unknown)
         ends = np.cumsum([len(history) for history in histories], dtype=np.int64)
-        encoded = (flat[end - len(history) : end] for history, end in zip(histories, ends, strict=True))
-        return [history[history > 0] for history in encoded]
+        return [history[history > 0] for history in np.split(flat, ends)[:-1]]
 
     def _candidate_mask(self, candidates, on_unknown) -> torch.Tensor:
         allowed = torch.zeros(self.config.num_items + 1, dtype=torch.bool, device=self.device)

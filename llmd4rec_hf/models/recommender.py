@@ -10,7 +10,6 @@ import os
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
@@ -21,7 +20,7 @@ from ..data.vocabulary import VOCABULARY_FILE
 from ..distillation.loss import distillation_loss
 from ..errors import ConfigurationError
 from .recommend import RecommendationMixin
-from .weights import find_file, hash_tensors, hub_arguments, loading, remove_weights, stored_weights
+from .weights import find_file, hash_tensors, hub_arguments, load_stored_weights, loading, remove_weights
 
 
 _PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "tags")
@@ -272,15 +271,7 @@ class RecommenderModel(PreTrainedModel, RecommendationMixin):
         Raises:
             ConfigurationError: torn weights, or those of another model.
         """
-        try:
-            weights = stored_weights(directory)
-            # Of which only one is stored. A model that never calls `post_init` has not looked for them.
-            for tied, source in getattr(self, "all_tied_weights_keys", {}).items():
-                if tied not in weights and source in weights:
-                    weights[tied] = weights[source]
-            self.load_state_dict(weights)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise ConfigurationError(f"The weights in {directory} do not fit this model: {error}") from error
+        load_stored_weights(self, directory)
 
 
 def _class_of(source: str | os.PathLike, **hub_kwargs) -> type[RecommenderModel]:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -51,6 +52,31 @@ def stored_weights(source: str | os.PathLike, **hub_kwargs) -> dict[str, torch.T
         return load_file(whole or cached_file(source, SAFE_WEIGHTS_NAME, **hub_kwargs))
     paths, _ = get_checkpoint_shard_files(source, index, **hub_kwargs)
     return {name: value for path in paths for name, value in load_file(path).items()}
+
+
+def load_stored_weights(model: PreTrainedModel, source: str | os.PathLike, may_lack: str | tuple = (), **hub_kwargs):
+    """
+    Bring all that `save_pretrained` wrote into a model, in place. Nothing may be missing whose name does not begin
+    with `may_lack`, nor be left over.
+
+    Raises:
+        ConfigurationError: torn weights, or those of another model.
+    """
+    try:
+        weights = stored_weights(source, **hub_kwargs)
+        # Of tied ones only one is stored. A model that never calls `post_init` has not looked for them.
+        for tied, other in getattr(model, "all_tied_weights_keys", {}).items():
+            if tied not in weights and other in weights:
+                weights[tied] = weights[other]
+        outcome = model.load_state_dict(weights, strict=False)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ConfigurationError(f"The weights in {source} do not fit this model: {error}") from error
+    missing = [name for name in outcome.missing_keys if not name.startswith(may_lack)]
+    if missing or outcome.unexpected_keys:
+        raise ConfigurationError(
+            f"The weights in {source} do not fit this model: missing {missing[:3]}, unexpected "
+            f"{outcome.unexpected_keys[:3]}."
+        )
 
 
 def remove_weights(folder: str | os.PathLike) -> None:
