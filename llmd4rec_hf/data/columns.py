@@ -98,27 +98,10 @@ def resolve_columns(
         `DataError`: A column is named twice, is not there, or cannot be guessed; or `columns` has not our name for it.
     """
     columns = {ours: str(theirs) for ours, theirs in (columns or {}).items()}
-    doubled = [name for name in names if names.count(name) > 1]
-    if doubled:
-        raise DataError(
-            f"{where}: the column {doubled[0]!r} occurs more than once; rename one of them, or give numbers from 0 "
-            "where the first line names no columns: columns={'user_id': 0, ...} (--columns user_id=0 ...)"
-        )
-    for ours, theirs in columns.items():
-        meant = next((name for name in wanted if ours in KNOWN_NAMES[name][1:]), None)
-        if meant is not None and meant not in columns:
-            # It would become one more column, and a log that is in no order at all would be taken as it is.
-            raise DataError(f"{where}: {ours!r} is none of our columns; did you mean {meant!r} for {theirs!r}?")
-        if theirs not in names:
-            raise DataError(f"{where}: no column {theirs!r} (for {ours!r}); it has {', '.join(names)}")
+    _check_given(columns, names, where, wanted)
     plain = {_plain(name): name for name in reversed(names) if name not in columns.values()}
     for ours in wanted:
-        if ours in columns:
-            continue
-        theirs = _first_of((hints or {}).get(ours, ()), plain)
-        if theirs is None and ours == "timestamp" and {"date", "time"} <= plain.keys():
-            theirs = _day(plain)
-        theirs = theirs or _first_of(KNOWN_NAMES[ours], plain)
+        theirs = None if ours in columns else _guess(ours, plain, (hints or {}).get(ours, ()))
         if theirs is not None:
             columns[ours] = theirs
             if theirs != ours:
@@ -136,14 +119,29 @@ def resolve_columns(
     return columns
 
 
-def _first_of(guesses: Sequence[str], plain: dict[str, str]) -> str | None:
-    return next((plain[_plain(name)] for name in guesses if _plain(name) in plain), None)
+def _check_given(columns: dict[str, str], names: list[str], where: str, wanted: Sequence[str]) -> None:
+    doubled = [name for name in names if names.count(name) > 1]
+    if doubled:
+        raise DataError(
+            f"{where}: the column {doubled[0]!r} occurs more than once; rename one of them, or give numbers from 0 "
+            "where the first line names no columns: columns={'user_id': 0, ...} (--columns user_id=0 ...)"
+        )
+    for ours, theirs in columns.items():
+        meant = next((name for name in wanted if ours in KNOWN_NAMES[name][1:]), None)
+        if meant is not None and meant not in columns:
+            # It would become one more column, and a log that is in no order at all would be taken as it is.
+            raise DataError(f"{where}: {ours!r} is none of our columns; did you mean {meant!r} for {theirs!r}?")
+        if theirs not in names:
+            raise DataError(f"{where}: no column {theirs!r} (for {ours!r}); it has {', '.join(names)}")
 
 
-def _day(plain: dict[str, str]) -> str:
-    """The column of times beside `date` and `time`, or else `date`, which [`day_and_clock`] completes."""
-    others = [name for name in KNOWN_NAMES["timestamp"] if name not in ("date", "time")]
-    return _first_of(others, plain) or plain["date"]
+def _guess(ours: str, plain: dict[str, str], hints: Sequence[str]) -> str | None:
+    """The column that our name may stand for, among the table's own by their plain names."""
+    known = KNOWN_NAMES[ours]
+    if ours == "timestamp" and {"date", "time"} <= plain.keys():
+        # Neither is the moment while there is another column of times; `date` is completed by `day_and_clock`.
+        known = [*(name for name in known if name not in ("date", "time")), "date"]
+    return next((plain[_plain(name)] for name in (*hints, *known) if _plain(name) in plain), None)
 
 
 def clock_beside(day: str, names: list[str]) -> str | None:

@@ -92,16 +92,7 @@ def load_items(
     if opened is None:
         return None
     where, table = opened.where, opened.read(None)
-    hints = {**opened.hints, "item_id": (*opened.hints.get("item_id", ()), *KNOWN_NAMES["item_id"], "id")}
-    names = resolve_columns(table.column_names, columns, where, ("item_id", "title"), required=1, hints=hints)
-    unknown = sorted(names.keys() - {"item_id", "title"})
-    if unknown:
-        raise ConfigurationError(
-            f"columns names {unknown[0]!r}; of a catalogue only item_id and title can be named: the others keep their "
-            "names, by which text_template finds them"
-        )
-    if "title" not in names and resolve_columns(table.column_names, None, where, ("user_id",), required=0):
-        raise DataError(f"{where}: has users and no titles, so it is a log and no catalogue; pass a file with titles")
+    names = _item_columns(table.column_names, columns, where, opened.hints)
     item_ids = ids(table[names["item_id"]], f"{where}, column {names['item_id']!r}")
     taken = {"item_id", "title", names["item_id"], names.get("title")}
     others = [name for name in table.column_names if name not in taken]
@@ -113,6 +104,23 @@ def load_items(
     text = _item_text(catalogue, text_template or "{title}", max_text_length, where, opened.hints)
     kept = catalogue.select([name for name in catalogue.column_names if name != "text"])
     return to_dataset(kept.append_column("text", text))
+
+
+def _item_columns(
+    found: list[str], columns: dict[str, str | int] | None, where: str, hints: dict[str, tuple[str, ...]]
+) -> dict[str, str]:
+    """`item_id` and, if there is one, `title`, mapped to the columns of a catalogue."""
+    hints = {**hints, "item_id": (*hints.get("item_id", ()), *KNOWN_NAMES["item_id"], "id")}
+    names = resolve_columns(found, columns, where, ("item_id", "title"), required=1, hints=hints)
+    unknown = sorted(names.keys() - {"item_id", "title"})
+    if unknown:
+        raise ConfigurationError(
+            f"columns names {unknown[0]!r}; of a catalogue only item_id and title can be named: the others keep their "
+            "names, by which text_template finds them"
+        )
+    if "title" not in names and resolve_columns(found, None, where, ("user_id",), required=0):
+        raise DataError(f"{where}: has users and no titles, so it is a log and no catalogue; pass a file with titles")
+    return names
 
 
 def clean_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
