@@ -230,20 +230,15 @@ class MutualDistillation:
         other = self.models["crm" if phase.side == "llm" else "llm"]
         if phase.teacher is not None:
             other.load_weights(self._model_folder(phase.teacher))
-        args = self._phase_args(phase)
-        refresh = phase.side == "llm" and (phase.round == 1 or self.config.refresh == "copy")
-        if refresh:
+        if phase.side == "llm" and (phase.round == 1 or self.config.refresh == "copy"):
             student.set_item_vectors(other.item_matrix())
-        return TRAINERS[phase.side](
-            student,
-            args,
-            self.sequences["train"],
-            self.sequences["validation"],
-            teacher=self._with_last_round(other, phase) if phase.arm == DISTILLED and phase.round > 0 else None,
-        )
+        args, train, validation = self._phase_args(phase), self.sequences["train"], self.sequences["validation"]
+        return TRAINERS[phase.side](student, args, train, validation, teacher=self._teacher(phase, other))
 
-    def _with_last_round(self, other: RecommenderModel, phase: Phase) -> RecommenderModel:
-        """The teacher of a phase: the other side alone, or beside the CRM of the round before."""
+    def _teacher(self, phase: Phase, other: RecommenderModel) -> RecommenderModel | None:
+        """The other side, alone or beside the CRM of the round before; nobody in the warm-up and for a control."""
+        if phase.round == 0 or phase.arm == CONTROL:
+            return None
         if phase.side == "llm" or self.config.crm_teachers == "llm":
             return other
         own = copy.deepcopy(self.models["crm"])

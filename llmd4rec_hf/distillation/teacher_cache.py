@@ -189,7 +189,7 @@ def _write_items(teacher, dataset, directory: Path, collator, batch_size: int, m
         if form is not None:
             tensors = {"item_matrix": form.item_matrix, "projection": form.projection}
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, directory / ITEM_MATRIX_NAME)
-    if getattr(teacher, "vocabulary", None) is not None:
+    if teacher.vocabulary is not None:
         teacher.vocabulary.save_pretrained(directory)
     items, width = tensors["item_matrix"].shape
     return {"num_items": items - 1, "hidden_size": width, "max_error": max_error, "reduction": reduction}

@@ -124,24 +124,30 @@ def _test_table(results: dict) -> str:
 
 def _validation_table(results: dict) -> str:
     k = main_cut_off(results)
-    columns = [
-        (key, f"{metric}@{k}", f"{name} {label}@{k}") for key, name in ROUND_MODELS for metric, label in _METRICS[:2]
-    ]
-    values = [[number(value) for value in round_metrics(results, key, metric)] for key, metric, _ in columns]
-    rows = [(str(entry["round"]), *row) for entry, *row in zip(results["rounds"], *values, strict=True)]
-    return markdown_table(("round", *(header for *_, header in columns)), rows)
+    columns = {
+        f"{name} {label}@{k}": round_metrics(results, key, f"{metric}@{k}")
+        for key, name in ROUND_MODELS
+        for metric, label in _METRICS[:2]
+    }
+    return _round_table(results, columns)
 
 
 def _distillation_table(results: dict) -> str:
     quantities = (("kl", "KL"), ("weight_mean", "mean weight"), ("agreement", "agreement with teacher"))
-    columns = [
-        (student, quantity, f"{student.upper()} {label}")
+    columns = {
+        f"{student.upper()} {label}": round_distillation(results, student, quantity)
         for student in ("llm", "crm")
         for quantity, label in quantities
+    }
+    return _round_table(results, columns)
+
+
+def _round_table(results: dict, columns: dict[str, list[float | None]]) -> str:
+    rows = [
+        (str(entry["round"]), *map(number, row))
+        for entry, *row in zip(results["rounds"], *columns.values(), strict=True)
     ]
-    values = [[number(value) for value in round_distillation(results, *column[:2])] for column in columns]
-    rows = [(str(entry["round"]), *row) for entry, *row in zip(results["rounds"], *values, strict=True)]
-    return markdown_table(("round", *(header for *_, header in columns)), rows)
+    return markdown_table(("round", *columns), rows)
 
 
 def _dataset_rows(dataset: dict) -> Iterable[tuple[str, str]]:
