@@ -19,8 +19,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from llmd4rec_hf.command_line import escaped, one_line_errors, script_parser
+from llmd4rec_hf.command_line import one_line_errors, script_parser
 from llmd4rec_hf.errors import DataError
 from llmd4rec_hf.evaluation.report import markdown_table
 from llmd4rec_hf.evaluation.results import (
@@ -111,7 +112,7 @@ def show(lines: list[tuple[str, ...]], options: argparse.Namespace, captions: li
         for name in HEADER:
             table.add_column(name, justify="left" if name in HEADER[:2] else "right")
         for line in lines:
-            table.add_row(*map(escaped, line), end_section=line is lines[-2] if lines[-1][1] == "" else False)
+            table.add_row(*map(Text, line), end_section=line is lines[-2] if lines[-1][1] == "" else False)
         console.print(table)
 
 

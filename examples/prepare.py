@@ -24,7 +24,7 @@ logging.basicConfig(format="%(message)s", handlers=[RichHandler(show_path=False,
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 logging.getLogger("llmd4rec_hf").setLevel(logging.INFO)
 
-from llmd4rec_hf.command_line import column_pair, escaped, one_line_errors, script_parser, whole_number  # noqa: E402
+from llmd4rec_hf.command_line import column_pair, one_line_errors, script_parser, whole_number  # noqa: E402
 from llmd4rec_hf.data import make_demo, prepare, render  # noqa: E402
 from llmd4rec_hf.data.filters import DUPLICATES  # noqa: E402
 from llmd4rec_hf.data.formats import format_names  # noqa: E402
@@ -98,8 +98,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
         k_item=options.k_core,
     )
     console.print(Markdown(render(prepared.card)))
-    folder = escaped(options.output_dir)
-    console.print(f"The prepared data is in {folder}: train.py --dataset {folder}")
+    folder = options.output_dir
+    console.print(f"The prepared data is in {folder}: train.py --dataset {folder}", markup=False)
 
 
 def main(argv: list[str] | None = None) -> None:

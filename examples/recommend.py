@@ -16,9 +16,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from llmd4rec_hf import RecommenderModel, load_interactions
-from llmd4rec_hf.command_line import column_pair, escaped, one_line_errors, output_file, script_parser
+from llmd4rec_hf.command_line import column_pair, one_line_errors, output_file, script_parser
 from llmd4rec_hf.data.formats import format_names
 from llmd4rec_hf.data.formats.base import text_lines
 from llmd4rec_hf.errors import DataError, UnknownItemsError
@@ -91,11 +92,11 @@ def show(names: list, found: Recommendations, model: RecommenderModel, console: 
     """The first lists, with titles where there are any."""
     vocabulary = model.vocabulary
     for name, ids, scores in list(zip(names, found.ids, found.scores, strict=True))[:SHOWN]:
-        table = Table("", "item", "title", title=escaped(str(name)), title_justify="left")
+        table = Table("", "item", "title", title=Text(str(name), "table.title"), title_justify="left")
         table.add_column("score", justify="right")
         titles = [vocabulary.text(internal) for internal in vocabulary.encode(ids)] if vocabulary.texts else ids
         for rank, (item, title, score) in enumerate(zip(ids, titles, scores, strict=True), start=1):
-            table.add_row(str(rank), escaped(str(item)), escaped(str(title)), f"{score:.3f}")
+            table.add_row(str(rank), Text(str(item)), Text(str(title)), f"{score:.3f}")
         if not ids:
             table.add_row("", "nothing is left to recommend", "", "")
         console.print(table)

@@ -14,6 +14,7 @@ import datasets
 import transformers
 from accelerate import PartialState
 from rich.console import Console
+from rich.text import Text
 
 from .errors import LLMD4RecError, RunInterrupted
 
@@ -78,11 +79,7 @@ def one_line_errors() -> Iterator[None]:
             Console(stderr=True).print(str(stop), soft_wrap=True, highlight=False)
         sys.exit(128 + stop.signal_number)
     except LLMD4RecError as error:
-        message = " ".join(str(error).split())
-        Console(stderr=True).print(f"[red]error:[/red] {escaped(message)}", soft_wrap=True, highlight=False)
+        # As a text: brackets in it are no markup.
+        message = Text(" ".join(str(error).split()))
+        Console(stderr=True).print("[red]error:[/red]", message, soft_wrap=True, highlight=False)
         sys.exit(1)
-
-
-def escaped(text: str) -> str:
-    """Text in which nothing is taken for rich's markup, item titles with brackets among it."""
-    return text.replace("[", "\\[")

@@ -17,7 +17,6 @@ from .errors import LLMD4RecError, StorageError, first_line
 
 
 MANIFEST_NAME = "manifest.json"
-_HASH_BLOCK = 1 << 20
 _STORAGE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
     *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
@@ -69,10 +68,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 def file_facts(path: Path) -> dict:
     """Size and SHA-256 of a file."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
+        digest = hashlib.file_digest(file, "sha256")
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
