@@ -104,7 +104,7 @@ class RunLock:
     def __enter__(self) -> RunLock:
         on_main_process(self._acquire)
         try:
-            on_every_process(self._look)
+            on_every_process(self._check_found)
         except RunStateError:
             self._lock.release()
             raise
@@ -124,7 +124,7 @@ class RunLock:
         holder = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_json(self.folder / HOLDER_NAME, holder)
 
-    def _look(self) -> None:
+    def _check_found(self) -> None:
         if not (self.folder / HOLDER_NAME).is_file():
             raise RunStateError(
                 f"The main process has made {self.folder}, and there is none in {Path.cwd()} on {platform.node()}: "

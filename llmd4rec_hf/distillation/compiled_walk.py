@@ -59,7 +59,7 @@ class CompiledWalk(Walk):
         if self.teacher is None:
             counts, normalizers = torch.empty_like(targets), empty(targets.shape)
             _exponentiate(temperature, *student, columns, counts.numpy(), normalizers.numpy())
-            self._put_down(self.student, part, counts, student)
+            self._record(self.student, part, counts, student)
             self.normalizers.append(normalizers)
             return
         teacher = self._scores(self.teacher, part)
@@ -68,8 +68,8 @@ class CompiledWalk(Walk):
         power = None if temperature == 2 else temperature
         _soften(power, *student, *teacher, *counts.numpy(), *results.numpy())
         sums, teacher_sums, cross, normalizers = results
-        self._put_down(self.student, part, counts[0], student)
-        self._put_down(self.teacher, part, counts[1], teacher)
+        self._record(self.student, part, counts[0], student)
+        self._record(self.teacher, part, counts[1], teacher)
         weights = self._weights(part, sums, teacher_sums)
         factors, distances = settings.kl_factor * weights / sums * normalizers, torch.empty_like(sums)
         given = (sums / teacher_sums).numpy(), factors.numpy(), normalizers.numpy()
@@ -100,7 +100,7 @@ class CompiledWalk(Walk):
         products = products.view(torch.int16) if products.dtype == torch.bfloat16 else products
         return products.numpy(), target.numpy(), shifts.numpy()
 
-    def _put_down(self, side, part: slice, counts: torch.Tensor, scores: tuple[np.ndarray, ...]) -> None:
+    def _record(self, side, part: slice, counts: torch.Tensor, scores: tuple[np.ndarray, ...]) -> None:
         """What is asked for once a slice is gone through: ranks, and the true items' exponents as they are lowered."""
         if self.settings.count_ranks:
             side.counts.append(counts)

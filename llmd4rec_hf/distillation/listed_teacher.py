@@ -124,7 +124,7 @@ class ListedTeacherCache(StoredTeacher):
             return facts
 
         def encode(folder: Path, order: np.ndarray):
-            return _asked(teacher, dataset, order, vocabulary, batch_size, facts)
+            return _answers(teacher, dataset, order, vocabulary, batch_size, facts)
 
         return cls._build(directory, dataset, name, max_length, begin, encode)
 
@@ -189,7 +189,7 @@ def _facts(vocabulary: ItemVocabulary | None, num_items: int | None, list_size: 
     return facts
 
 
-def _asked(
+def _answers(
     teacher, dataset, order, vocabulary, batch_size: int, facts: dict
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Batches of row ids `(P,)`, positions in the row `(P,)` and records `(P,)`, for the rows in `order`."""

@@ -60,7 +60,7 @@ class StopSignals:
         Raises:
             RunInterrupted: a signal has come, on this process or another one.
         """
-        number = _over_processes([self.received or 0])[0]
+        number = _max_over_processes([self.received or 0])[0]
         if number:
             raise interrupted(number, where)
 
@@ -103,7 +103,7 @@ class StepGuard(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         bad = self._not_finite is not None and bool(self._not_finite)
         self._not_finite = None
-        self._signal, bad = _over_processes([stop_signals.received or 0, int(bad)], args.device)
+        self._signal, bad = _max_over_processes([stop_signals.received or 0, int(bad)], args.device)
         if bad:
             self._raise_not_finite(args, state, kwargs.get("lr_scheduler"))
         # After the last step of an epoch comes its evaluation: a checkpoint from in between would lack it for ever.
@@ -132,7 +132,7 @@ class StepGuard(TrainerCallback):
         )
 
 
-def _over_processes(values: list[int], device: torch.device | str | None = None) -> list[int]:
+def _max_over_processes(values: list[int], device: torch.device | str | None = None) -> list[int]:
     """The largest of all processes' values, each."""
     state = PartialState()
     if state.num_processes == 1:

@@ -96,7 +96,7 @@ class PositionBudgetBatchSampler(Sampler[list[int]]):
         self.batches_per_step = batches_per_step or num_processes
         self.seed = seed
         self.epoch = 0
-        self.starts = _cuts(-np.sort(-self.positions), max_positions, num_processes)
+        self.starts = _batch_starts(-np.sort(-self.positions), max_positions, num_processes)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -123,7 +123,7 @@ class PositionBudgetBatchSampler(Sampler[list[int]]):
         return chain(*steps, *last)
 
 
-def _cuts(positions: np.ndarray, max_positions: int, num_processes: int) -> np.ndarray:
+def _batch_starts(positions: np.ndarray, max_positions: int, num_processes: int) -> np.ndarray:
     """Where each batch starts among rows that are sorted from long to short."""
     count = len(positions)
     if count and positions[0] > max_positions:

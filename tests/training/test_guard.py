@@ -16,4 +16,4 @@ def test_a_signal_that_all_processes_get_is_that_signal(monkeypatch, rank):
     monkeypatch.setattr(guard, "PartialState", lambda: state)
     # The other process has the same, in its own row.
     monkeypatch.setattr(guard, "reduce", lambda mine, how: {"sum": mine + mine.flip(0)}[how])
-    assert guard._over_processes([signal.SIGTERM, 1]) == [signal.SIGTERM, 1]
+    assert guard._max_over_processes([signal.SIGTERM, 1]) == [signal.SIGTERM, 1]
