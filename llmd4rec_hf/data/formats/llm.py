@@ -23,16 +23,16 @@ from .tables import CSVFormat
 
 logger = logging.getLogger(__name__)
 
-MAP_START = rb"(\xef\xbb\xbf)?\s*\{\s*\"[^\"]*\"\s*:\s*"
-
 
 class IndexMapFormat(Format):
-    """A JSON object with an entry per user or item."""
+    """A JSON object with an entry per user or item, known by its first key and how the entry there begins."""
 
+    key: bytes = rb"[^\"]*"
     entry: bytes
 
     def matches_file(self, path: Path) -> bool:
-        return re.match(MAP_START + self.entry, head(path)) is not None
+        start = rb"(\xef\xbb\xbf)?\s*\{\s*\"" + self.key + rb"\"\s*:\s*" + self.entry
+        return re.match(start, head(path)) is not None
 
     def _load(self, path: Path) -> dict[str, Any]:
         content = load_json(path)
@@ -48,13 +48,11 @@ class LCRecFormat(IndexMapFormat):
     """
 
     name = "lcrec"
+    # Users are numbered in order from 0; attributes of items, the same shape otherwise, come in any order.
+    key = rb"0"
     entry = rb"(\[\s*-?\d|\{)"
     log_files = ("*.inter.json",)
     item_files = ("*.item.json",)
-
-    def matches_file(self, path: Path) -> bool:
-        # Users are numbered in order from 0; attributes of items, the same shape otherwise, come in any order.
-        return super().matches_file(path) and re.match(rb"(\xef\xbb\xbf)?\s*\{\s*\"0\"", head(path)) is not None
 
     def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
         content = self._load(path)
@@ -113,10 +111,8 @@ class P5MapFormat(IndexMapFormat):
     """`datamaps.json` of [P5](https://huggingface.co/papers/2203.13366): refused, it only maps ids to ids."""
 
     name = "p5_datamaps"
+    key = rb"(id2user|user2id|id2item|item2id)"
     entry = rb"\{"
-
-    def matches_file(self, path: Path) -> bool:
-        return re.match(rb"(\xef\xbb\xbf)?\s*\{\s*\"(id2user|user2id|id2item|item2id)\"", head(path)) is not None
 
     def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
         raise DataError(f"{path}: maps ids to ids, neither interactions nor titles; pass sequential_data.txt")
