@@ -164,10 +164,9 @@ def distillation_loss(
         settings=settings,
     )
     result = loss_of_walk(walk, hidden, item_matrix, divisor, settings.kl_weight)
-    result.student_ranks = _spread(result.student_ranks, keep) if settings.count_ranks else None
-    result.teacher_ranks = (
-        _spread(result.teacher_ranks, keep) if settings.count_ranks and teacher is not None else None
-    )
+    counted = settings.count_ranks
+    result.student_ranks = _spread(result.student_ranks, keep) if counted else None
+    result.teacher_ranks = _spread(result.teacher_ranks, keep) if counted and teacher is not None else None
     return result
 
 

@@ -37,10 +37,8 @@ _CHECKED_POSITIONS = 1024
 
 class TeacherCache(StoredTeacher):
     """
-    A teacher's hidden state at every input position of a training set, memory-mapped, and its item matrix.
-
-    Positions are addressed from the end of a row, so a student that reads shorter histories than its teacher did finds
-    the right ones.
+    A teacher's hidden state at every input position of a training set, memory-mapped, and its item matrix. A student
+    may read shorter histories than its teacher did.
 
     A teacher of up to 128 dimensions is stored as it is. A wider one is rounded to 16 bits a number, with a scale of
     its own for each position: scores are off by about 1e-4 nats (root mean square), and a KL through the cache, as the
@@ -158,10 +156,9 @@ class TeacherCache(StoredTeacher):
         """
         The teacher's item vectors in a student's width, for the student to begin with.
 
-        They are the items' side of the best form of its scores in so few dimensions ([`reduce_teacher`]). Of each
-        axis's share in the scores they take the root, so that minor axes are not lost, and all of the scores' spread:
-        a student's hidden states of unit size then give scores that spread as the teacher's do. Where the student is
-        the wider one, its further dimensions are zero.
+        They are the items' side of the best form of its scores in so few dimensions ([`reduce_teacher`]), of the size
+        at which a student's hidden states of unit components give scores that spread as the teacher's do. Where the
+        student is the wider one, its further dimensions are zero.
 
         Args:
             width (`int`): the student's number of dimensions.
