@@ -262,10 +262,11 @@ def check_options(temperature: float, weighting: str, rank_base: int, chunk_size
 
 def check_labels(labels: torch.Tensor, num_items: int, or_else: str = "") -> None:
     """Raise for labels outside of 1..N; `or_else` names what else is allowed."""
-    if labels.numel() and not (1 <= int(labels.min()) and int(labels.max()) <= num_items):
-        raise ConfigurationError(
-            f"labels must be in 1..{num_items}{or_else}, got {int(labels.min())}..{int(labels.max())}."
-        )
+    if not labels.numel():
+        return
+    lowest, highest = torch.stack(labels.aminmax()).tolist()  # one read, for which a GPU is waited for
+    if not 1 <= lowest <= highest <= num_items:
+        raise ConfigurationError(f"labels must be in 1..{num_items}{or_else}, got {lowest}..{highest}.")
 
 
 def check_lists(lists: ListedScores | None, positions: int, num_items: int, teacher_hidden) -> None:

@@ -125,9 +125,10 @@ class StoredTeacher(ABC):
         Raises:
             CacheError: a row or a position that the teacher has not seen.
         """
-        rows, columns = (labels != -100).nonzero().T.cpu().numpy()
-        lengths = attention_mask.sum(dim=1).cpu().numpy()
-        ids = row_id.cpu().numpy()
+        # In one piece, because each copy from a GPU waits for all that it still has to do.
+        facts = torch.cat([row_id[:, None], attention_mask.sum(dim=1, keepdim=True), labels], dim=1).cpu().numpy()
+        ids, lengths = facts[:, 0], facts[:, 1]
+        rows, columns = (facts[:, 2:] != -100).nonzero()
         self._check_rows(ids)
         from_end = (lengths[rows] - columns).astype(np.int64)
         starts, ends = self._offsets[ids[rows]], self._offsets[ids[rows] + 1]

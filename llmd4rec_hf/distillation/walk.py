@@ -126,9 +126,10 @@ class Walk:
 
     def _within_float32(self) -> bool:
         """Whether no row needs a shift, by what the largest of its exponents can be."""
-        student = self.student.largest_exponent()
-        plain = student * max(1.0, self.settings.temperature)
-        teacher = 0.0 if self.teacher is None else self.teacher.largest_exponent()
+        sides = [side for side in (self.student, self.teacher) if side is not None]
+        # Read at once, since a GPU is waited for.
+        student, *teacher = torch.stack([side.largest_exponent() for side in sides]).tolist()
+        plain, teacher = student * max(1.0, self.settings.temperature), sum(teacher)
         return max(plain, teacher) <= _LARGEST_EXPONENT and student + teacher <= _LARGEST_SUM_OF_EXPONENTS
 
     def run(self) -> None:
@@ -279,10 +280,10 @@ class _ScoredSide(_Side):
         self.rounded = dtype != torch.float32
         self.buffer = self.items.new_empty(slice_rows, len(self.items), dtype=torch.float32) if self.rounded else None
 
-    def largest_exponent(self) -> float:
+    def largest_exponent(self) -> torch.Tensor:
         """What the size of none of the exponents exceeds, by the lengths of the vectors (Cauchy-Schwarz)."""
         lengths = (torch.linalg.vector_norm(vectors, dim=1) for vectors in (self.hidden, self.exact_items))
-        return self.scale * math.prod(float(of_one.amax()) if len(of_one) else 0.0 for of_one in lengths)
+        return self.scale * math.prod((of_one.amax() if len(of_one) else of_one.sum()).float() for of_one in lengths)
 
     def multiply(self, chunk: slice) -> None:
         """Take the exponents of another chunk."""
@@ -358,9 +359,9 @@ class _ListedSide(_Side):
         self.lists, self.num_items, self.scale = lists, num_items, scale
         self.buffer = lists.log_probs.new_empty(slice_rows, num_items + 1, dtype=torch.float32)
 
-    def largest_exponent(self) -> float:
+    def largest_exponent(self) -> torch.Tensor:
         """What the size of a row's largest exponent does not exceed: no item of N has less than 1/N."""
-        return math.log(self.num_items) * self.scale
+        return self.lists.log_probs.new_tensor(math.log(self.num_items) * self.scale, dtype=torch.float32)
 
     def multiply(self, chunk: slice) -> None:
         """Nothing: no product leads to its scores."""

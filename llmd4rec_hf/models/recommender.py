@@ -315,5 +315,6 @@ def sequence_lengths(item_ids: torch.LongTensor, attention_mask: torch.LongTenso
 
 def supervised(hidden: torch.Tensor, labels: torch.LongTensor, item_matrix: torch.Tensor):
     """Pack the supervised positions: `(hidden (P, d), item_matrix, labels (P,))`, as the loss takes them."""
-    mask = labels != -100
-    return hidden[mask], item_matrix, labels[mask]
+    # Found once: with a mask both would look for them, and wait for a GPU.
+    places = (labels.flatten() != -100).nonzero().squeeze(1)
+    return hidden.flatten(0, 1)[places], item_matrix, labels.flatten()[places]
