@@ -141,6 +141,8 @@ def _is_device(device) -> bool:
 
 def _moved(tensor: torch.Tensor, *args, copy: bool = False, **kwargs) -> torch.Tensor:
     """`tensor.to(...)`."""
+    if args and isinstance(args[0], torch.Tensor):  # as which other one
+        args = args[0].device, args[0].dtype, *args[1:]
     device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
     with torch._C.DisableTorchFunction():
         tensor = tensor.to(tensor.dtype if dtype is None else dtype, copy=copy)

@@ -10,6 +10,7 @@ from dense_loss import assert_same, dense, problem
 from peft import LoraConfig
 from pretended_device import DEVICE, DeviceTensor, pretended_device, waits
 from trained import losses
+from transformers import set_seed
 
 from llmd4rec_hf import (
     CRMArguments,
@@ -17,14 +18,18 @@ from llmd4rec_hf import (
     GRU4RecConfig,
     GRU4RecModel,
     ListedTeacherCache,
+    LLMRecommender,
     MutualDistillArguments,
     MutualDistillation,
     MutualDistillationConfig,
     RecommenderEnsemble,
+    SequenceCollator,
+    TeacherCache,
     distillation_loss,
     target_ranks,
 )
 from llmd4rec_hf.distillation import ListedScores, draw_negatives, sampled_distillation_loss
+from llmd4rec_hf.models import build_tiny_llm
 
 
 @pytest.fixture
@@ -133,7 +138,24 @@ def test_ranks(device):
     seen = torch.randint(0, 18, (len(given.labels), 4), generator=torch.Generator().manual_seed(0))
     inputs = (given.hidden, given.items, given.labels)
     expected = target_ranks(*on("cpu", *inputs), seen=seen, chunk_size=3)
-    assert target_ranks(*on(device, *inputs), seen=seen.to(device), chunk_size=3).tolist() == expected.tolist()
+    actual = target_ranks(*on(device, *inputs), seen=seen.to(device), chunk_size=3)
+    assert actual.device == device and actual.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("max_error", [0.0, 0.01], ids=["wide", "narrowed"])
+def test_the_cache_of_a_wide_teacher(device, max_error, make_crm, splits, tmp_path):
+    """In 16 bits, and by a projection."""
+    batch = SequenceCollator(max_length=6)([splits["train"][row] for row in (3, 0, 8)])
+    found = {}
+    for place in ("cpu", device):
+        teacher = make_crm(1, hidden_size=160).to(place)
+        cache = TeacherCache.build(teacher, splits["train"], tmp_path / str(place)[:3], max_error=max_error)
+        assert cache.is_reduced == (max_error > 0)
+        here = [batch[name].to(place) for name in ("row_id", "labels", "attention_mask")]
+        hidden = cache.lookup(*here)
+        assert hidden.device == torch.device(place)
+        found[place] = hidden @ cache.item_matrix.to(place).T
+    torch.testing.assert_close(found[device].to("cpu"), found["cpu"], rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture
@@ -145,9 +167,10 @@ def make_gru():
     return make
 
 
-@pytest.mark.parametrize("kind", ["sasrec", "gru4rec", "llm", "ensemble"])
+@pytest.mark.parametrize("kind", ["sasrec", "gru4rec", "llm", "prompted", "ensemble"])
 def test_recommending(device, kind, make_crm, make_gru, make_llm, vocabulary, tmp_path):
     made = {"sasrec": make_crm, "gru4rec": make_gru, "llm": make_llm}
+    made["prompted"] = lambda: make_llm(supervision="last_position", item_texts=vocabulary.texts)
     made["ensemble"] = lambda: RecommenderEnsemble([make_crm(), make_llm()])
     model = made[kind]().eval()
     model.vocabulary = vocabulary
@@ -164,6 +187,25 @@ def test_recommending(device, kind, make_crm, make_gru, make_llm, vocabulary, tm
     for actual, one in zip(answers(), expected, strict=True):
         assert actual.ids == one.ids
         np.testing.assert_allclose(actual.scores, one.scores, rtol=1e-4)
+
+
+def test_an_llm_on_a_backbone_that_is_there_already(device, vocabulary):
+    """As one in 4 bits is: what is built beside it goes there too."""
+
+    def build(place):
+        set_seed(0)
+        backbone, tokenizer = build_tiny_llm(vocabulary.texts, hidden_size=16, num_layers=1)
+        parts = {"tokenizer": tokenizer, "item_texts": vocabulary.texts, "max_length": 6}
+        return LLMRecommender.from_backbone(backbone.to(place), 12, 8, **parts).eval()
+
+    history, found = torch.tensor([[1, 2, 3]]), {}
+    for place in ("cpu", device):
+        model = build(place)
+        assert {parameter.device for parameter in model.parameters()} == {torch.device(place)}
+        with torch.no_grad():
+            found[place] = model.encode(history.to(place)) @ model.item_matrix().T, model.title_vectors()
+    for actual, expected in zip(found[device], found["cpu"], strict=True):
+        torch.testing.assert_close(actual.to("cpu"), expected)
 
 
 def trained(model, args, splits, teacher, place) -> list[float]:
