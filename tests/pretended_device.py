@@ -196,6 +196,7 @@ def pretended_device() -> Iterator[torch.device]:
         stack.enter_context(mock.patch("transformers.training_args.is_torch_bf16_gpu_available", lambda: True))
         stack.enter_context(mock.patch.object(Accelerator, "device", property(lambda accelerator: DEVICE)))
         stack.enter_context(mock.patch.object(torch, "autocast", _Autocast))
+        stack.enter_context(mock.patch.object(torch.backends.cudnn, "is_acceptable", lambda tensor: False))
         for name, ask in asks.items():
             stack.enter_context(mock.patch.object(torch, name, lambda device_type, ask=ask: ask("cpu")))
         stack.enter_context(_Calls())
