@@ -40,7 +40,8 @@ def hub_arguments(kwargs: dict) -> dict:
 
 def find_file(source: str | os.PathLike, name: str, **hub_kwargs) -> str | None:
     """The path of a file that a folder or a Hub repository may hold; `None` if it does not."""
-    return cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    with loading(source):  # a repository that is not there, or not for this token
+        return cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
 
 
 def stored_weights(source: str | os.PathLike, **hub_kwargs) -> dict[str, torch.Tensor]:
