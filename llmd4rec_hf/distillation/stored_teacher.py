@@ -316,7 +316,7 @@ def _write_shards(
     first, last = bounds[state.process_index], bounds[state.process_index + 1]
     mine = np.flatnonzero((row_ids >= first) & (row_ids < last))
     shard = _reserve(directory / names[state.process_index], (int(offsets[last] - offsets[first]),), dtype)
-    _fill_shard(shard, offsets - offsets[first], encode(directory, mine[np.argsort(-counts[mine])]))
+    _fill_shard(shard, offsets - offsets[first], encode(directory, mine[np.argsort(-counts[mine], kind="stable")]))
     shard.flush()
     return names
 

@@ -218,7 +218,7 @@ def _narrow_form(
 def _first_rows(order: np.ndarray, counts: np.ndarray, positions: int) -> np.ndarray:
     """As many rows of `order` as hold that many positions, longest first; all if they hold fewer."""
     rows = order[: np.searchsorted(np.cumsum(counts[order]), positions) + 1]
-    return rows[np.argsort(-counts[rows])]
+    return rows[np.argsort(-counts[rows], kind="stable")]
 
 
 def _stored_projection(directory: Path, device: torch.device) -> torch.Tensor | None:

@@ -252,7 +252,7 @@ def test_a_build_that_fails_leaves_the_old_cache(cache):
         (answering([4, 0], [-1.0, -2.0]), r"lists items 1\.\.9, got int64 in 0\.\.4"),
         (answering([10], [-1.0]), r"lists items 1\.\.9, got int64 in 10\.\.10"),
         (answering([1.0], [-1.0]), "got float64"),
-        (answering([4, 4], [-1.0, -2.0]), "list for row 2, after 1 items, holds an item twice"),
+        (answering([4, 4], [-1.0, -2.0]), "list for row 9, after 5 items, holds an item twice"),
         (answering([4, 5], [-1.0, math.nan]), "holds a log-probability that is not a number"),
         (answering([4, 5], [0.3, 0.2]), r"above 0 \(is it a probability, or a score without"),
         (answering([4, 5], [800.0, -1.0]), "above 0"),
