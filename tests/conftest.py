@@ -159,6 +159,29 @@ def make_arguments(tmp_path):
 
 
 @pytest.fixture
+def walker(vocabulary):
+    """Knows the circle that all users walk round: the next item, the one after it, and nothing of the others."""
+    import numpy as np
+
+    def teacher(histories):
+        places = [vocabulary.item_ids.index(history[-1]) for history in histories]
+        ids = [[vocabulary.item_ids[(place + step) % len(vocabulary)] for step in (1, 2)] for place in places]
+        return ids, [np.log([0.6, 0.2])] * len(histories)
+
+    return teacher
+
+
+@pytest.fixture
+def walks(walker, splits, vocabulary, tmp_path):
+    """Its lists."""
+    from llmd4rec_hf import ListedTeacherCache
+
+    return ListedTeacherCache.build(
+        walker, splits["train"], tmp_path / "walks", name="walker", vocabulary=vocabulary, list_size=2
+    )
+
+
+@pytest.fixture
 def unrendered(monkeypatch):
     """Reports whose picture is drawn but not rendered, which takes as long as the trainings of a short run."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: Path(path).touch())

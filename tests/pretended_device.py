@@ -2,8 +2,8 @@
 """
 A device that is not there: tensors that say they are on a GPU and hold their numbers on the CPU.
 
-What a GPU would refuse, they refuse: tensors of two devices in one operation, a CPU's indices written back or a GPU's
-read on the CPU, a CPU's random numbers, numpy. So code that mixes devices fails where there is no GPU too. Kernels,
+What a GPU would refuse, they refuse: tensors of two devices in one operation, its indices for a tensor on the CPU,
+random numbers of the CPU's generator, numpy. So code that mixes devices fails where there is no GPU too. Kernels,
 memory, streams and speed are the CPU's: of those nothing is learned here. But `waits` holds every operation so far for
 which a GPU would have been waited for.
 """
@@ -37,8 +37,6 @@ _OF_MEMORY = {
     *(torch.Tensor.tolist, torch.Tensor.data_ptr, torch.Tensor.storage, torch.Tensor.untyped_storage),
     torch.Tensor.__reduce_ex__,
 }
-
-
 # What waits until a GPU has done all that it was given, since it has to know the result.
 _WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, torch.Tensor.tolist}
 waits: list[str] = []

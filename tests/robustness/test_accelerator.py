@@ -9,7 +9,7 @@ import torch
 from dense_loss import assert_same, dense, problem
 from peft import LoraConfig
 from pretended_device import DEVICE, DeviceTensor, pretended_device, waits
-from trained import losses
+from trained import losses, train
 from transformers import set_seed
 
 from llmd4rec_hf import (
@@ -17,7 +17,6 @@ from llmd4rec_hf import (
     CRMTrainer,
     GRU4RecConfig,
     GRU4RecModel,
-    ListedTeacherCache,
     LLMRecommender,
     MutualDistillArguments,
     MutualDistillation,
@@ -122,14 +121,14 @@ def test_the_loss_over_a_sample(device):
     negatives = draw_negatives(len(given.items) - 1, 6, (0, 0))
     rows = torch.cat([negatives, given.labels])
     parts = [given.hidden, given.items[rows], given.labels, given.teacher_hidden, given.teacher_items[rows]]
-    losses = {}
+    found = {}
     for place in ("cpu", device):
         hidden, items, labels, *teacher = on(place, *parts)
         options = {"negatives": negatives.to(place), "num_items": len(given.items) - 1}
         result = sampled_distillation_loss(hidden.requires_grad_(), items, labels, *teacher, **options)
         (gradient,) = torch.autograd.grad(result.loss, hidden)
-        losses[place] = [value.to("cpu") for value in (result.loss, result.kl, result.student_ranks, gradient)]
-    for actual, expected in zip(losses[device], losses["cpu"], strict=True):
+        found[place] = [value.to("cpu") for value in (result.loss, result.kl, result.student_ranks, gradient)]
+    for actual, expected in zip(found[device], found["cpu"], strict=True):
         torch.testing.assert_close(actual, expected)
 
 
@@ -158,18 +157,10 @@ def test_the_cache_of_a_wide_teacher(device, max_error, make_crm, splits, tmp_pa
     torch.testing.assert_close(found[device].to("cpu"), found["cpu"], rtol=1e-3, atol=1e-3)
 
 
-@pytest.fixture
-def make_gru():
-    def make():
-        torch.manual_seed(0)
-        return GRU4RecModel(GRU4RecConfig(num_items=12, hidden_size=8, max_length=6, dropout=0.0))
-
-    return make
-
-
 @pytest.mark.parametrize("kind", ["sasrec", "gru4rec", "llm", "prompted", "ensemble"])
-def test_recommending(device, kind, make_crm, make_gru, make_llm, vocabulary, tmp_path):
-    made = {"sasrec": make_crm, "gru4rec": make_gru, "llm": make_llm}
+def test_recommending(device, kind, make_crm, make_llm, vocabulary):
+    made = {"sasrec": make_crm, "llm": make_llm}
+    made["gru4rec"] = lambda: GRU4RecModel(GRU4RecConfig(num_items=12, hidden_size=8, max_length=6))
     made["prompted"] = lambda: make_llm(supervision="last_position", item_texts=vocabulary.texts)
     made["ensemble"] = lambda: RecommenderEnsemble([make_crm(), make_llm()])
     model = made[kind]().eval()
@@ -208,19 +199,6 @@ def test_an_llm_on_a_backbone_that_is_there_already(device, vocabulary):
         torch.testing.assert_close(actual.to("cpu"), expected)
 
 
-def trained(model, args, splits, teacher, place) -> list[float]:
-    """Losses of a training on the device or on the CPU, and what an evaluation then finds."""
-    trainer = CRMTrainer(model, args, splits["train"], splits["validation"], teacher=teacher)
-    trainer.train()
-    assert trainer.model.device == torch.device(place)
-    return [*losses(trainer), trainer.evaluate()["eval_ndcg@10"]]
-
-
-def walker(histories):
-    """A black box that knows the circle that all users walk round."""
-    return [[f"i{(int(history[-1][1:]) + 1) % 12:02d}"] for history in histories], [[-0.5]] * len(histories)
-
-
 @pytest.mark.parametrize(
     ("teaching", "settings"),
     [
@@ -232,15 +210,14 @@ def walker(histories):
     ],
     ids=["alone", "model", "lists", "sample", "bf16"],
 )
-def test_training(teaching, settings, make_crm, make_arguments, splits, vocabulary, tmp_path):
-    def make_lists():
-        known = {"name": "walker", "vocabulary": vocabulary, "list_size": 1}
-        return ListedTeacherCache.build(walker, splits["train"], tmp_path / "lists", **known)
+def test_training(teaching, settings, make_crm, walks, make_arguments, splits):
+    """The same losses, and the same evaluation afterwards."""
 
     def run(place: str, use_cpu: bool) -> list[float]:
         args = make_arguments(place[:3], use_cpu=use_cpu, num_train_epochs=1, dataloader_pin_memory=False, **settings)
-        teacher = {"model": lambda: make_crm(1), "lists": make_lists, "nobody": lambda: None}[teaching]()
-        return trained(make_crm(), args, splits, teacher, place)
+        trainer = train(make_crm(), args, splits, {"nobody": None, "model": make_crm(1), "lists": walks}[teaching])
+        assert trainer.model.device == torch.device(place)
+        return [*losses(trainer), trainer.evaluate()["eval_ndcg@10"]]
 
     expected = run("cpu", use_cpu=True)
     with pretended_device() as device:

@@ -16,32 +16,12 @@ from llmd4rec_hf import (
     CRMArguments,
     CRMTrainer,
     ItemVocabulary,
-    ListedTeacherCache,
     MutualDistillArguments,
     MutualDistillTrainer,
     SequenceCollator,
     distillation_loss,
 )
 from llmd4rec_hf.errors import CacheError, ConfigurationError
-
-
-@pytest.fixture
-def walker(vocabulary):
-    """Knows the circle that all users walk round: the next item, the one after it, and nothing of the others."""
-
-    def teacher(histories):
-        places = [vocabulary.item_ids.index(history[-1]) for history in histories]
-        ids = [[vocabulary.item_ids[(place + step) % len(vocabulary)] for step in (1, 2)] for place in places]
-        return ids, [np.log([0.6, 0.2])] * len(histories)
-
-    return teacher
-
-
-@pytest.fixture
-def walks(walker, splits, vocabulary, tmp_path):
-    return ListedTeacherCache.build(
-        walker, splits["train"], tmp_path / "walks", name="walker", vocabulary=vocabulary, list_size=2
-    )
 
 
 def train(trainer_class, args, model, splits, teacher):
